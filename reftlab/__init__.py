@@ -1,0 +1,54 @@
+"""reftlab: declarative interventions on any PyTorch model, trained, explained and composed.
+
+    import reftlab as rl
+
+    model, tokenizer = rl.load_model("smollm2-135m-instruct")
+    graph = rl.InterventionGraph(
+        rl.Edit("emoji", at="blocks[15].output", positions="last", intervention=rl.LoReFT(rank=4)),
+    )
+    reft = graph.bind(model, tokenizer)
+    rl.train(reft, examples, epochs=30, learning_rate=4e-3)
+    rl.explain(reft, examples).save("emoji.html")
+
+Everything below is imported when it is first used, so that `import reftlab` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "reftlab.errors": (
+        "AddressError", "ArtifactError", "BindError", "DataError", "GraphError", "InterventionError",
+        "ModelError", "PositionError", "ReftlabError", "RunError", "UntouchedEditWarning",
+    ),
+    "reftlab.address": (
+        "After", "All", "First", "Indices", "Last", "Position", "Span", "Token", "Union",
+        "parse_path", "parse_position", "portable_names",
+    ),
+    "reftlab.interventions": (
+        "Add", "Clamp", "ConsReFT", "DiReFT", "Function", "Intervention", "LoReFT", "LobiReFT", "Mean",
+        "NoReFT", "NodiReFT", "Noise", "OrthonormalBasis", "Scale", "Subtract", "Swap", "Zero",
+    ),
+    "reftlab.graph": ("Edit", "InterventionGraph", "Read", "Source"),
+    "reftlab.runtime": ("BoundModel", "Reading"),
+}  # fmt: skip
+
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", *_HOME_OF]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'reftlab' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,40 @@
+"""Where: strings become places in a model and tokens in a row."""
+
+from reftlab.address.alias import portable_names
+from reftlab.address.path import SitePath, parse_path
+from reftlab.address.position import (
+    After,
+    All,
+    First,
+    Indices,
+    Last,
+    Position,
+    Prompt,
+    Span,
+    Token,
+    Union,
+    parse_position,
+)
+from reftlab.address.resolve import Site, resolve
+from reftlab.address.view import View, head_size
+
+__all__ = [
+    "After",
+    "All",
+    "First",
+    "Indices",
+    "Last",
+    "Position",
+    "Prompt",
+    "Site",
+    "SitePath",
+    "Span",
+    "Token",
+    "Union",
+    "View",
+    "head_size",
+    "parse_path",
+    "parse_position",
+    "portable_names",
+    "resolve",
+]

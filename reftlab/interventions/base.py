@@ -1,0 +1,197 @@
+"""What every intervention is: mathematics on vectors, without knowing any model."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from reftlab.errors import InterventionError
+from reftlab.interventions.basis import OrthonormalBasis
+
+__all__ = ["Affine", "Intervention", "intervention_types"]
+
+_TYPES: dict[str, type[Intervention]] = {}
+
+
+@dataclass(frozen=True)
+class Affine:
+    """An edit written as `new − base = write (read · base) + constant`.
+
+    Attributes:
+        write: `(width, rank)`.
+        read: `(rank, width)`.
+        constant: `(width,)`.
+    """
+
+    write: Float[Tensor, "width rank"]
+    read: Float[Tensor, "rank width"]
+    constant: Float[Tensor, " width"]
+
+
+class Intervention(nn.Module):
+    """Base of all interventions.
+
+    An intervention is written without a width, `LoReFT(rank=4)`, and stays a description until
+    `build(width)` returns a copy that has its parameters. `graph.bind(model)` does that for every
+    edit.
+
+    To write your own, take every setting as an argument of `__init__` and keep it under the same
+    name, make parameters in `setup`, and do the mathematics in `forward`:
+
+        class Shift(rl.Intervention):
+            def __init__(self, start: float = 0.0):
+                super().__init__()
+                self.start = start
+
+            def setup(self, width):
+                self.vector = torch.nn.Parameter(torch.full((width,), self.start))
+
+            def forward(self, base, source=None):
+                return base + self.vector
+
+    Attributes:
+        takes_source: whether values from another forward pass are `"required"`, `"optional"` or
+            not taken (`"no"`).
+        counts_positions: whether `forward` is also handed `positions`, `(n,)` int64, the number of
+            each vector's token among the real tokens of its row.
+        width: length of the vectors, None before `build`.
+    """
+
+    takes_source: ClassVar[Literal["no", "optional", "required"]] = "no"
+    counts_positions: ClassVar[bool] = False
+    width: int | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not cls.__name__.startswith("_"):
+            _TYPES[cls.__name__] = cls
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments that this intervention was made with, by name.
+
+        Raises:
+            InterventionError: a subclass does not keep an argument under its own name.
+        """
+        names = [n for n in inspect.signature(type(self).__init__).parameters if n != "self"]
+        missing = [name for name in names if not hasattr(self, name)]
+        if missing:
+            raise InterventionError(
+                f"{type(self).__name__}.__init__ takes {missing[0]!r} but does not keep it as "
+                f"self.{missing[0]}; interventions keep every argument under its own name"
+            )
+        return {name: getattr(self, name) for name in names}
+
+    def build(self, width: int) -> Self:
+        """Return a copy with fresh parameters for vectors of `width`; this one stays as it is."""
+        built = type(self)(**self.config)
+        built.width = width
+        built.setup(width)
+        return built
+
+    def setup(self, width: int) -> None:
+        """Make the parameters for vectors of `width`; nothing to make by default."""
+
+    def forward(
+        self, base: Float[Tensor, "n width"], source: Float[Tensor, "n width"] | None = None
+    ) -> Float[Tensor, "n width"]:
+        """Return the new vectors for `base`, given `source` where the intervention takes one."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what forward does")
+
+    def prepare(self) -> None:
+        """Compute ahead what the coming forward pass shares; the runtime calls it before each one."""
+        for module in self.modules():
+            if isinstance(module, OrthonormalBasis):
+                module()
+
+    def check_source(self, given: bool) -> None:
+        """Refuse an edit that lacks the source it needs, or has one that it would ignore.
+
+        Raises:
+            InterventionError: as said.
+        """
+        name = type(self).__name__
+        if self.takes_source == "required" and not given:
+            raise InterventionError(f"{name} needs source=, as in source=rl.Read(run='corrupt')")
+        if self.takes_source == "no" and given:
+            raise InterventionError(f"{name} takes no source; leave source= out, or use Swap")
+
+    def affine(self) -> Affine | None:
+        """The edit as an affine map of the base vector, or None where it is not one."""
+        return None
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={_short(value)}" for name, value in self.config.items())
+
+    def describe(self) -> str:
+        """One short line, `LoReFT(rank=4)`: the arguments that differ from their defaults."""
+        defaults = inspect.signature(type(self).__init__).parameters
+        shown = [
+            f"{name}={_short(value)}"
+            for name, value in self.config.items()
+            if isinstance(value, Tensor) or value != defaults[name].default
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    @property
+    def formula(self) -> str:
+        """The formula, as the first indented line of the docstring states it."""
+        lines = (inspect.getdoc(type(self)) or "").splitlines()
+        return next((line.strip() for line in lines if line.startswith("    ")), "")
+
+
+def intervention_types() -> dict[str, type[Intervention]]:
+    """Every intervention class that has been defined so far, by name."""
+    return dict(_TYPES)
+
+
+def as_vector(value: Any, argument: str) -> Tensor | None:
+    """Turn numbers into a float32 tensor `()` or `(width,)`; None stays None.
+
+    Raises:
+        InterventionError: not a number or a vector of finite numbers.
+    """
+    if value is None:
+        return None
+    try:
+        tensor = torch.as_tensor(value).detach().to(torch.float32).clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InterventionError(
+            f"{argument}={value!r}: expected a number or a vector of numbers"
+        ) from error
+    if tensor.dim() > 1 or not torch.isfinite(tensor).all():
+        raise InterventionError(
+            f"{argument} must be a number or a vector (width,) of finite numbers, "
+            f"not {_short(value)} of shape {tuple(tensor.shape)}"
+        )
+    return tensor
+
+
+def check_width(value: Tensor | None, argument: str, width: int) -> None:
+    """Refuse a vector that is not as long as the site is wide."""
+    if value is not None and value.dim() == 1 and value.shape[0] != width:
+        raise InterventionError(
+            f"{argument} has {value.shape[0]} numbers, the vectors here have {width}"
+        )
+
+
+def number(value: Any, argument: str, low: float = -float("inf"), high: float = float("inf")) -> float:
+    """Check that an argument is a number from `low` to `high` and return it as a float."""
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    if not ok:
+        between = "" if low == -float("inf") else f" from {low:g}" + ("" if high == float("inf") else f" to {high:g}")
+        raise InterventionError(f"{argument}={value!r}: expected a number{between}")
+    return float(value)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"tensor{tuple(value.shape)}" if value.dim() else f"{value.item():g}"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return getattr(value, "__name__", None) or repr(value)

@@ -1,0 +1,7 @@
+"""A graph bound to a model: places, windows, hooks, runs."""
+
+from reftlab.runtime.model import BoundModel
+from reftlab.runtime.plan import Plan
+from reftlab.runtime.reading import Reading, ReadValues
+
+__all__ = ["BoundModel", "Plan", "ReadValues", "Reading"]

@@ -1,0 +1,136 @@
+"""Hooks that belong to one forward call.
+
+Torch hooks stay on a module until somebody removes them. reftlab puts its own on just before a
+call and takes just those off again when the call ends, however it ends; nobody else's are touched.
+
+One case needs them longer. Gradient checkpointing runs parts of the forward pass a second time
+during the backward pass, and edits inside such a part must happen again, the same way. A call
+that noticed a checkpoint around one of its edits therefore *lingers*: its hooks stay, but act only
+while a backward pass is running, and they go when that backward pass ends or the autograd graph is
+thrown away.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from reftlab.errors import RunError
+
+__all__ = ["OwnedHooks", "StopForward"]
+
+OnInput = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
+OnOutput = Callable[[nn.Module, tuple[Any, ...], Any], Any]
+
+
+class StopForward(BaseException):
+    """Ends a forward pass early, once everything that was asked for has been read.
+
+    Not an `Exception`, so that a model that catches those does not swallow it.
+    """
+
+
+class OwnedHooks:
+    """The hooks of one call on one model: `add_*`, then use as a context manager."""
+
+    _lingering: weakref.WeakKeyDictionary[nn.Module, list[OwnedHooks]] = weakref.WeakKeyDictionary()
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.handles: list[RemovableHandle] = []
+        self.active = True
+        self._tracks_grad = torch.is_grad_enabled()
+        self._mark: _Mark | None = None
+
+    def on_input(self, module: nn.Module, act: OnInput, first: bool = False) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return act(module, args, kwargs) if self._may_act() else None
+
+        self.handles.append(module.register_forward_pre_hook(hook, prepend=first, with_kwargs=True))
+
+    def on_output(self, module: nn.Module, act: OnOutput) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            return act(module, args, output) if self._may_act() else None
+
+        self.handles.append(module.register_forward_hook(hook))
+
+    def remember(self, value: Tensor) -> Tensor:
+        """Tell the hooks that `value` now stands in the model; call it with every edited tensor."""
+        if self.active and self._tracks_grad and _inside_checkpoint():
+            if self._mark is None:
+                self._mark = _Mark()
+                weakref.finalize(self._mark, _remove, self.handles)
+            return _Marked.apply(value, self._mark)  # type: ignore[no-any-return]
+        return value
+
+    def __enter__(self) -> OwnedHooks:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.active = False
+        if kind is None and self._mark is not None:
+            self._lingering.setdefault(self.model, []).append(self)
+            # From here on only the autograd graph holds the mark; when that goes, the hooks go.
+            self._alive = weakref.ref(self._mark)
+            self._mark = None
+        else:
+            _remove(self.handles)
+
+    def _may_act(self) -> bool:
+        if self.active:
+            return True
+        if not _in_backward():
+            return False
+        others = [hooks for hooks in self._lingering.get(self.model, []) if hooks.handles]
+        self._lingering[self.model] = others
+        if len(others) > 1:
+            raise RunError(
+                f"{len(others)} forward passes of this model are waiting for their backward pass under "
+                "gradient checkpointing, and the recomputed layers cannot tell which one they belong "
+                "to; run backward() after each forward pass, or turn gradient checkpointing off"
+            )
+        torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
+        return True
+
+    def _finish(self) -> None:
+        _remove(self.handles)
+
+
+class _Mark:
+    """Lives as long as the autograd graph that holds it."""
+
+
+class _Marked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, mark: _Mark) -> Tensor:
+        ctx.mark = mark
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradients[0], None
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    while handles:
+        handles.pop().remove()
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
+
+
+def _inside_checkpoint() -> bool:
+    """Whether a forward pass that should track gradients is inside a checkpoint.
+
+    The reentrant kind turns gradients off inside; the other kind watches the tensors that
+    autograd saves, as `torch.autograd.graph.saved_tensors_hooks` does.
+    """
+    if not torch.is_grad_enabled():
+        return True
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # type: ignore[attr-defined]

@@ -1,0 +1,431 @@
+"""A graph bound to a model: an ordinary module whose forward pass carries the edits."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from reftlab.errors import BindError, RunError, UntouchedEditWarning, did_you_mean
+from reftlab.graph import BASE, InterventionGraph, Read
+from reftlab.interventions import Intervention
+from reftlab.runtime.bind import BoundEdit, BoundRead, bind_nodes, bind_reads
+from reftlab.runtime.hooks import StopForward
+from reftlab.runtime.reading import Reading, ReadValues
+from reftlab.runtime.run import Run
+from reftlab.runtime.window import Layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from reftlab.runtime.plan import Plan
+
+__all__ = ["BoundModel"]
+
+Vectors = dict[str, tuple[Tensor, list[int]]]
+
+
+class BoundModel(nn.Module):
+    """A model together with a graph of edits and reads.
+
+    `forward` and `generate` take and return what the model's own do. The model itself is not
+    changed: it carries hooks only while a call of this object runs, and it is a submodule, so that
+    `.to`, `.train()`, `.eval()` and `state_dict` cover it.
+
+    Args:
+        graph: what to read and edit.
+        model: any module; it is shared, not copied.
+        tokenizer: for positions that look at text, and for what is built on top.
+        example: inputs for the shape-only pass, for models whose inputs reftlab cannot make up.
+
+    Attributes:
+        graph: the graph.
+        model: the bare model.
+        interventions: the built interventions, by name; their parameters are float32.
+        edits: where each edit acts, in the order of execution.
+        facts: how this object came about (training settings and the like), saved with it.
+
+    Raises:
+        AddressError: a site that the model does not have.
+        BindError: a site or a source that does not fit.
+    """
+
+    def __init__(
+        self,
+        graph: InterventionGraph,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        example: Any = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(model, BoundModel):
+            raise BindError("the model is bound already; add the graphs, (a + b).bind(model)")
+        if not isinstance(model, nn.Module):
+            raise BindError(f"a graph is bound to a torch module, not to {model!r}")
+        self.graph, self.model, self.tokenizer = graph, model, tokenizer
+        self._example = example
+        self._bound_edits, self._bound_reads = bind_nodes(graph, model, example)
+        self.interventions = nn.ModuleDict(
+            {bound.key: self._built(bound) for bound in self._bound_edits}
+        )
+        self.training = model.training
+        self.facts: dict[str, Any] = {}
+        self._disabled: frozenset[str] = frozenset()
+        self._caches: weakref.WeakKeyDictionary[Any, Layout] = weakref.WeakKeyDictionary()
+        self._ad_hoc: dict[tuple[Read, ...], tuple[BoundRead, ...]] = {}
+
+    @property
+    def edits(self) -> tuple[BoundEdit, ...]:
+        return tuple(sorted(self._bound_edits, key=lambda bound: bound.order))
+
+    @property
+    def config(self) -> Any:
+        """The model's own configuration."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return _device(self.model)
+
+    def forward(
+        self,
+        *args: Any,
+        sources: Mapping[str, Mapping[str, Any]] | None = None,
+        prompt: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the model with its edits.
+
+        Args:
+            *args, **kwargs: as for the model's own `forward`.
+            sources: inputs of each source run, by its name.
+            prompt: the tokenizer's output for the whole prompt, where this call covers only a part
+                of it: a chunk, or a step that continues a cache made elsewhere.
+
+        Returns:
+            What the model returns.
+
+        Raises:
+            RunError: a source is missing or does not match, or the call's tokens cannot be placed.
+            PositionError: a row does not have an edit's position.
+        """
+        if not self._active_edits() and not sources:
+            return self.model(*args, **kwargs)
+        vectors = self._run_sources(sources)
+        named = self._named(args, kwargs)
+        layout = self._layout(named, prompt)
+        run = self._run(BASE, layout, vectors)
+        output = self._call(run, self.model, args, kwargs)
+        self._remember_cache(output, layout)
+        self._check_touched(run, named)
+        return output
+
+    def generate(
+        self, *args: Any, sources: Mapping[str, Mapping[str, Any]] | None = None, **kwargs: Any
+    ) -> Any:
+        """Generate with the model's own `generate` and its edits.
+
+        Edits of phase `prompt` act on the prompt's tokens, those of phase `decode` on the tokens
+        that are generated, with or without a cache, for every beam and every returned sequence.
+
+        Args:
+            *args, **kwargs: as for the model's own `generate`.
+            sources: inputs of each source run, by its name.
+
+        Returns:
+            What the model's `generate` returns.
+        """
+        if not hasattr(self.model, "generate"):
+            raise RunError(f"{type(self.model).__name__} has no generate")
+        if not self._active_edits() and not sources:
+            return self.model.generate(*args, **kwargs)
+        vectors = self._run_sources(sources)
+        named = dict(kwargs) if not args else {"input_ids": args[0], **kwargs}
+        if "inputs" in named:
+            named["input_ids"] = named.pop("inputs")
+        if named.get("attention_mask") is None and isinstance(named.get("input_ids"), Tensor):
+            kwargs["attention_mask"] = named["attention_mask"] = self._inferred_mask(named["input_ids"])
+        # A compiled decoding step would be traced once and keep the edits of its first token.
+        kwargs.setdefault("disable_compile", True)
+        layout = Layout.of(named, causal=False, open=True)
+        if layout is None:
+            raise RunError("generate needs input_ids or inputs_embeds, (row, token)")
+        run = self._run(BASE, layout, vectors)
+        output = self._call(run, self.model.generate, args, kwargs)
+        for bound in run.edits:
+            if run.touched[bound.key] == 0 and bound.edit.phase != "decode":
+                raise RunError(
+                    f"edit {bound.key!r} touched no token: the prompt's tokens were never run, as happens "
+                    "with past_key_values that hold them already; generate without them"
+                )
+        return output
+
+    def read(
+        self,
+        *reads: str | Read,
+        positions: Any = None,
+        sources: Mapping[str, Mapping[str, Any]] | None = None,
+        prompt: Mapping[str, Any] | None = None,
+        grad: bool = False,
+        **inputs: Any,
+    ) -> Reading:
+        """Read vectors, with the edits in force, and stop the forward pass after the last site needed.
+
+        Args:
+            *reads: sites such as `"blocks[5].output"`, `"blocks[5].output @ last"`, or `Read`
+                objects; without any, the graph's own reads of the base run.
+            positions: positions for those that name none.
+            sources, prompt: as for `forward`.
+            grad: whether the vectors carry gradients.
+            **inputs: the model's inputs.
+
+        Returns:
+            Named tensors `(row, token, width)` in the model's dtype.
+
+        >>> reft.read("blocks[5].output @ last", **batch)          # doctest: +SKIP
+        Reading('blocks[5].output @ last': (8, 1, 576))
+        """
+        wanted = self._bound(reads, positions)
+        if not wanted:
+            raise RunError("nothing to read: name sites, as in reft.read('blocks[5].output @ last', **inputs)")
+        layout = self._layout(inputs, prompt)
+        with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+            run = self._run(BASE, layout, self._run_sources(sources), wanted, stop_early=True)
+            self._call(run, self.model, (), inputs)
+        missing = [read.label for read in wanted if read.label not in run.results]
+        if missing:
+            raise RunError(f"{missing[0]!r} was not reached in this forward pass")
+        rows = layout.rows if layout is not None else max(int(s.rows.max()) + 1 for _, s in run.results.values())
+        return Reading({k: ReadValues.of(v, s) for k, (v, s) in run.results.items()}, rows)
+
+    @contextlib.contextmanager
+    def disabled(self, *names: str) -> Iterator[BoundModel]:
+        """Leave out the named edits, or all of them, inside a `with` block."""
+        known = [edit.name for edit in self.graph.edits]
+        for name in names:
+            if name not in known:
+                raise RunError(f"there is no edit {name!r}; there is {known}.{did_you_mean(name, known)}")
+        before = self._disabled
+        self._disabled = before | frozenset(names or known)
+        try:
+            yield self
+        finally:
+            self._disabled = before
+
+    @contextlib.contextmanager
+    def replaced(self, key: str, intervention: nn.Module) -> Iterator[BoundModel]:
+        """Put another intervention in the place of one inside a `with` block."""
+        if key not in self.interventions:
+            known = list(self.interventions)
+            raise RunError(f"there is no intervention {key!r}; there is {known}.{did_you_mean(key, known)}")
+        before = self.interventions[key]
+        self.interventions[key] = intervention
+        try:
+            yield self
+        finally:
+            self.interventions[key] = before
+
+    def plan(self) -> Plan:
+        """What this object does in a forward pass, in words and as a table."""
+        from reftlab.runtime.plan import plan_of
+
+        return plan_of(self)
+
+    def save(self, folder: str | Path) -> Path:
+        """Save graph, interventions and a model card; see `reftlab.runtime.saving`."""
+        from reftlab.runtime.saving import save
+
+        return save(self, folder)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Turn gradient checkpointing on in the model."""
+        self.model.gradient_checkpointing_enable(*args, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Turn gradient checkpointing off in the model."""
+        self.model.gradient_checkpointing_disable()
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Turn gradient checkpointing on in the model, under its newer name in transformers."""
+        self.model.activation_checkpointing_enable(*args, **kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Turn gradient checkpointing off in the model, under its newer name in transformers."""
+        self.model.activation_checkpointing_disable()
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{bound.key} at {bound.site}" for bound in self.edits)
+
+    def _repr_html_(self) -> str:
+        return self.plan()._repr_html_()
+
+    def _built(self, bound: BoundEdit) -> Intervention:
+        try:
+            built = bound.edit.intervention.build(bound.width)
+        except ValueError as error:
+            raise type(error)(f"edit {bound.key!r} at {bound.site}: {error}") from error
+        return built.to(_device(self.model.get_submodule(bound.site.module), self.model)).train(
+            self.model.training
+        )
+
+    def _active_edits(self) -> tuple[BoundEdit, ...]:
+        return tuple(b for b in self._bound_edits if b.edit.name not in self._disabled)
+
+    def _bound(self, reads: tuple[str | Read, ...], positions: Any) -> tuple[BoundRead, ...]:
+        if not reads:
+            return tuple(read for read in self._bound_reads if read.run == BASE)
+        nodes = tuple(r if isinstance(r, Read) else Read(r, None if "@" in r else positions) for r in reads)
+        for node in nodes:
+            if node.run != BASE:
+                raise RunError(f"{node!r}: only the base run is read here; put it in the graph instead")
+        if nodes not in self._ad_hoc:
+            self._ad_hoc[nodes] = bind_reads(list(nodes), self.model, self._example)
+        return self._ad_hoc[nodes]
+
+    def _run(
+        self,
+        name: str,
+        layout: Layout | None,
+        vectors: Vectors,
+        reads: tuple[BoundRead, ...] = (),
+        stop_early: bool = False,
+    ) -> Run:
+        edits = tuple(bound for bound in self._active_edits() if bound.edit.run == name)
+        return Run(
+            self.model, edits, reads, self.interventions, layout, self.tokenizer, vectors, stop_early
+        )
+
+    def _run_sources(self, sources: Mapping[str, Mapping[str, Any]] | None) -> Vectors:
+        """Run every source that an active edit needs and return the vectors read there."""
+        given = dict(sources or {})
+        for name in given:
+            if name not in self.graph.sources:
+                raise RunError(
+                    f"sources has {name!r}, which the graph does not declare; it has "
+                    f"{list(self.graph.sources)}.{did_you_mean(name, self.graph.sources)}"
+                )
+        vectors: Vectors = {}
+        active = self._active_edits()
+        for name in self.graph.run_order[:-1]:
+            reads = tuple(b.source for b in active if b.source is not None and b.source.run == name)
+            if not reads:
+                continue
+            if name not in given:
+                users = [b.edit.name for b in active if b.source is not None and b.source.run == name]
+                raise RunError(
+                    f"edit {users[0]!r} reads from run {name!r}, and no inputs were given for it; call with "
+                    f"sources={{{name!r}: tokenizer(...)}}"
+                )
+            inputs = dict(given[name])
+            with torch.no_grad():
+                run = self._run(name, self._layout(inputs, None), vectors, reads, stop_early=True)
+                self._call(run, self.model, (), inputs)
+            vectors.update({read.label: run.vectors[read.label] for read in reads if read.label in run.vectors})
+        return vectors
+
+    def _call(self, run: Run, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for bound in run.edits:
+            built = self.interventions[bound.key]
+            if isinstance(built, Intervention):
+                built.prepare()
+        with run.hooks() as hooks:
+            hooks.on_input(self.model, self._window_mover(run), first=True)
+            try:
+                return call(*args, **kwargs)
+            except StopForward:
+                return None
+
+    def _window_mover(self, run: Run) -> Any:
+        """A hook that tells the run, before each pass of the model, which columns it covers."""
+
+        def act(module: nn.Module, args: Any, kwargs: Any) -> None:
+            named = self._named(args, kwargs)
+            tokens = _tokens(named)
+            if tokens is not None:
+                start = _past_length(named)
+                run.move_window(tokens.shape[0], start, start + tokens.shape[1])
+
+        return act
+
+    def _layout(self, named: Mapping[str, Any], prompt: Mapping[str, Any] | None) -> Layout | None:
+        causal = bool(getattr(self.model, "can_generate", lambda: False)())
+        if prompt is not None:
+            layout = Layout.of(prompt, causal=causal, open=True)
+            if layout is None:
+                raise RunError("prompt= must hold the whole prompt's input_ids, (row, token)")
+            return layout
+        if _past_length(named) == 0:
+            return Layout.of(named, causal=causal)
+        cache = named.get("past_key_values")
+        if cache in self._caches:
+            return self._caches[cache]
+        raise RunError(
+            "this call continues past_key_values that this bound model did not make, so it cannot know "
+            "where the prompt is; give the tokenizer's output for the whole prompt as prompt="
+        )
+
+    def _remember_cache(self, output: Any, layout: Layout | None) -> None:
+        """Note whose prompt a new cache holds, so that later steps with it know their place."""
+        cache = getattr(output, "past_key_values", None)
+        if layout is not None and hasattr(cache, "get_seq_length") and cache not in self._caches:
+            self._caches[cache] = replace(layout, open=True)
+
+    def _check_touched(self, run: Run, named: Mapping[str, Any]) -> None:
+        """Say so where a pass from the first token on left an edit out."""
+        if _past_length(named):
+            return
+        for bound in run.edits:
+            if run.touched[bound.key]:
+                continue
+            if bound.edit.phase != "decode":
+                raise RunError(f"edit {bound.key!r} touched no token: {bound.site} did not run in this call")
+            warnings.warn(
+                f"edit {bound.key!r} has phase 'decode' and this call has no generated tokens: it has no "
+                "labels and continues no cache",
+                UntouchedEditWarning,
+                stacklevel=3,
+            )
+
+    def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """A call's arguments by name."""
+        names = inspect.signature(self.model.forward).parameters
+        return {**dict(zip(names, args, strict=False)), **kwargs}
+
+    def _inferred_mask(self, ids: Tensor) -> Tensor:
+        """The mask that `generate` would make up, by its rule: padding is known unless it ends texts."""
+        config = getattr(self.model, "generation_config", None)
+        pad, ends = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
+        ends = ends if isinstance(ends, list) else [ends]
+        if pad is None or pad in ends or not bool((ids == pad).any()):
+            return torch.ones_like(ids)
+        return (ids != pad).long()
+
+
+def _tokens(named: Mapping[str, Any]) -> Tensor | None:
+    for name in ("input_ids", "inputs_embeds"):
+        value = named.get(name)
+        if isinstance(value, Tensor) and value.dim() >= 2:
+            return value
+    return None
+
+
+def _past_length(named: Mapping[str, Any]) -> int:
+    """How many columns the call's cache holds already."""
+    cache = named.get("past_key_values")
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+
+
+def _device(*modules: nn.Module) -> torch.device:
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            return tensor.device
+    return torch.device("cpu")

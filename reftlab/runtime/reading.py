@@ -1,0 +1,93 @@
+"""What reads return."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from reftlab.errors import did_you_mean
+from reftlab.runtime.window import Selection
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["ReadValues", "Reading"]
+
+
+@dataclass(frozen=True)
+class ReadValues:
+    """The vectors of one read, one after the other.
+
+    Attributes:
+        vectors: `(n, width)`, in the model's dtype.
+        rows: `(n,)`, the row of the batch that each vector comes from.
+        positions: `(n,)`, its token's number among the real tokens of the row.
+    """
+
+    vectors: Float[Tensor, "n width"]
+    rows: Int[Tensor, " n"]
+    positions: Int[Tensor, " n"]
+
+    @classmethod
+    def of(cls, vectors: Tensor, chosen: Selection) -> ReadValues:
+        return cls(vectors, chosen.rows, chosen.numbers)
+
+
+@dataclass(frozen=True)
+class Reading(Mapping[str, Tensor]):
+    """Named tensors `(row, token, width)`, by the name of the read or `"path @ positions"`.
+
+    Where rows have different numbers of tokens, the missing places hold NaN and are False in
+    `mask(name)`; `flat(name)` has the vectors without padding.
+    """
+
+    values_by_name: dict[str, ReadValues]
+    rows: int
+
+    def __getitem__(self, name: str) -> Float[Tensor, "row token width"]:
+        read, mask = self.flat(name), self.mask(name)
+        if bool(mask.all()):
+            return read.vectors.reshape(*mask.shape, -1)
+        padded = read.vectors.new_full((*mask.shape, read.vectors.shape[1]), float("nan"))
+        return padded.masked_scatter(mask[..., None].to(padded.device), read.vectors)
+
+    def flat(self, name: str) -> ReadValues:
+        """The vectors of one read without padding."""
+        if name not in self.values_by_name:
+            known = ", ".join(map(repr, self.values_by_name))
+            raise KeyError(f"{name!r} was not read; there is {known}.{did_you_mean(name, self.values_by_name)}")
+        return self.values_by_name[name]
+
+    def mask(self, name: str) -> Bool[Tensor, "row token"]:
+        """Which places of `self[name]` hold a vector."""
+        counts = torch.bincount(self.flat(name).rows, minlength=self.rows)
+        width = int(counts.max()) if len(counts) else 0
+        return torch.arange(width)[None, :] < counts[:, None]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_by_name)
+
+    def __len__(self) -> int:
+        return len(self.values_by_name)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One line a vector: read, row, position, and the vector's numbers."""
+        import pandas as pd
+
+        parts = []
+        for name, read in self.values_by_name.items():
+            part = pd.DataFrame(read.vectors.detach().float().cpu().numpy())
+            part.insert(0, "position", read.positions.numpy())
+            part.insert(0, "row", read.rows.numpy())
+            part.insert(0, "read", name)
+            parts.append(part)
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name!r}: {tuple(self[name].shape)}" for name in self)
+        return f"Reading({shapes})"

@@ -1,0 +1,186 @@
+"""One shape-only pass: how wide each site is and in which order the sites are reached."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reftlab.address import Site
+from reftlab.errors import BindError, ReftlabError
+from reftlab.runtime.leaf import get_input, get_output
+
+__all__ = ["SiteFacts", "scan"]
+
+_ROWS, _TOKENS = 2, 5
+
+
+@dataclass(frozen=True)
+class SiteFacts:
+    """What the pass saw at a site.
+
+    Attributes:
+        order: place in the order of execution, from 0; sites reached earlier have smaller numbers.
+        shape: shape of the site's tensor for the example inputs.
+        dtype: its dtype.
+        calls: how often the module ran in one forward pass.
+    """
+
+    order: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    calls: int
+
+    @property
+    def width(self) -> int:
+        return self.shape[-1]
+
+
+def scan(model: nn.Module, sites: Iterable[Site], example: Any = None) -> dict[Site, SiteFacts]:
+    """Run the model once on shapes alone and note what happens at each site.
+
+    The pass runs on a copy whose tensors are on torch's meta device, so it costs no memory, does
+    no arithmetic, and calls none of the user's hooks. Where a model cannot run without values, it
+    runs once for real on the example, in eval mode and without gradients.
+
+    Args:
+        model: the model.
+        sites: the places of interest.
+        example: inputs for the pass, a mapping of arguments, a tuple or a tensor; made up for
+            Hugging Face text models.
+
+    Raises:
+        BindError: no example is known, the model cannot run on it, or a site is never reached.
+    """
+    wanted = list(dict.fromkeys(sites))
+    if not wanted:
+        return {}
+    args, kwargs = _arguments(model, example)
+    try:
+        skeleton = _skeleton(model)
+        facts = _watch(skeleton, wanted, *_moved((args, kwargs), torch.device("meta")))
+    except ReftlabError:
+        raise
+    except Exception as no_shapes:  # any failure here means that this model needs values to run
+        facts = _watch_for_real(model, wanted, args, kwargs, no_shapes)
+    for site in wanted:
+        if site not in facts:
+            raise BindError(
+                f"{site}: that module is never called in a forward pass, so nothing can be read or "
+                "edited there"
+            )
+    return facts
+
+
+def _arguments(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if example is not None:
+        return (example if isinstance(example, tuple) else (example,)), {}
+    config = getattr(model, "config", None)
+    if config is not None and getattr(model, "main_input_name", None) == "input_ids":
+        ids = torch.zeros(_ROWS, _TOKENS, dtype=torch.long)
+        extra = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
+        return (), {"input_ids": ids, **extra}
+    raise BindError(
+        f"{type(model).__name__}: reftlab cannot make up inputs for it; give some, as in "
+        "graph.bind(model, example={'pixel_values': torch.zeros(1, 3, 224, 224)})"
+    )
+
+
+def _skeleton(model: nn.Module) -> nn.Module:
+    """A copy of the module tree without values and without hooks."""
+    tensors = [*model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {}
+    for tensor in tensors:
+        shape = tensor.detach().to("meta")
+        memo[id(tensor)] = nn.Parameter(shape, False) if isinstance(tensor, nn.Parameter) else shape
+    skeleton = copy.deepcopy(model, memo)
+    for module in skeleton.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+        module._forward_hooks_with_kwargs.clear()
+        module._forward_pre_hooks_with_kwargs.clear()
+        module._forward_hooks_always_called.clear()
+    return skeleton
+
+
+def _watch_for_real(
+    model: nn.Module, sites: list[Site], args: Any, kwargs: Any, cause: Exception
+) -> dict[Site, SiteFacts]:
+    parameter = next(model.parameters(), None)
+    device = parameter.device if parameter is not None else torch.device("cpu")
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.random.fork_rng():
+            return _watch(model, sites, *_moved((args, kwargs), device))
+    except ReftlabError:
+        raise
+    except Exception as error:
+        raise BindError(
+            f"{type(model).__name__} could not run on the example inputs: {error}. Give inputs that "
+            "it takes, as in graph.bind(model, example={...})"
+        ) from cause
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _watch(
+    model: nn.Module, sites: list[Site], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[Site, SiteFacts]:
+    facts: dict[Site, SiteFacts] = {}
+    events = 0
+
+    def note(site: Site, tensor: Tensor) -> None:
+        nonlocal events
+        before = facts.get(site)
+        facts[site] = (
+            SiteFacts(events, tuple(tensor.shape), tensor.dtype, 1)
+            if before is None
+            else SiteFacts(before.order, before.shape, before.dtype, before.calls + 1)
+        )
+        events += 1
+
+    handles = []
+    try:
+        for site in sites:
+            module = model.get_submodule(site.module)
+            if site.side == "output":
+                handles.append(module.register_forward_hook(_output_noter(site, note)))
+            else:
+                handles.append(
+                    module.register_forward_pre_hook(_input_noter(site, note), with_kwargs=True)
+                )
+        with torch.no_grad():
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return facts
+
+
+def _output_noter(site: Site, note: Any) -> Any:
+    return lambda module, args, output: note(site, get_output(output, site.leaf, str(site)))
+
+
+def _input_noter(site: Site, note: Any) -> Any:
+    return lambda module, args, kwargs: note(
+        site, get_input(module, args, kwargs, site.leaf, str(site))
+    )
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Inputs on a device; floats of a width that the model does not expect stay the caller's matter."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device)
+    if isinstance(value, Mapping):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(item, device) for item in value)
+    return value

@@ -3,5 +3,6 @@
 from reftlab.runtime.model import BoundModel
 from reftlab.runtime.plan import Plan
 from reftlab.runtime.reading import Reading, ReadValues
+from reftlab.runtime.saving import load
 
-__all__ = ["BoundModel", "Plan", "ReadValues", "Reading"]
+__all__ = ["BoundModel", "Plan", "ReadValues", "Reading", "load"]

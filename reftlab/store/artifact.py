@@ -1,0 +1,199 @@
+"""Artifacts on disk: a folder with graph, tensors, facts and a model card; never any code.
+
+| file | holds |
+|---|---|
+| `graph.yaml` | the graph, with tensors that are arguments of interventions by name |
+| `interventions.safetensors` | the interventions' parameters and those tensors |
+| `artifact.json` | format version, base model, training facts |
+| `README.md` | the model card |
+
+A save builds the whole folder beside its destination and then moves it there, so that an
+interrupted save leaves the old artifact as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from reftlab.errors import ArtifactError, GraphError
+from reftlab.graph import InterventionGraph, spec
+
+__all__ = ["FORMAT", "Artifact", "read_artifact", "write_artifact"]
+
+FORMAT = 1
+"""Version of the folder's layout; a reader refuses a newer one."""
+
+GRAPH, TENSORS, FACTS, CARD = "graph.yaml", "interventions.safetensors", "artifact.json", "README.md"
+_ARGUMENT = "argument:"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What an artifact holds.
+
+    Attributes:
+        folder: where it is.
+        graph: the graph.
+        state: the interventions' parameters and buffers, as `BoundModel.interventions` names them.
+        facts: `base_model` and `training`, as written by `write_artifact`.
+    """
+
+    folder: Path
+    graph: InterventionGraph
+    state: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+def write_artifact(
+    folder: str | Path,
+    graph: InterventionGraph,
+    state: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    card: str,
+) -> Path:
+    """Write an artifact; files of the user's own in an artifact's folder are kept.
+
+    Raises:
+        ArtifactError: the folder holds other things than an artifact.
+        GraphError: the graph holds code (`Function`).
+    """
+    target = Path(folder).expanduser().resolve()
+    _recover(target)
+    arguments: dict[str, Tensor] = {}
+    data = spec.graph_to_dict(graph.nodes, arguments)
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not _is_artifact(target)):
+        raise ArtifactError(
+            f"{target} exists and is not a reftlab artifact; save to a new or empty folder, so that "
+            "nothing of yours is overwritten"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
+    try:
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+        tensors |= {_ARGUMENT + name: tensor.clone() for name, tensor in arguments.items()}
+        (building / GRAPH).write_text(spec.to_yaml(data), encoding="utf-8")
+        safetensors.torch.save_file(tensors, building / TENSORS, metadata={"format": "pt"})
+        text = json.dumps({"format": FORMAT, **facts}, indent=2, ensure_ascii=False)
+        (building / FACTS).write_text(text + "\n", encoding="utf-8")
+        (building / CARD).write_text(card, encoding="utf-8")
+        _keep_other_files(target, building)
+        _flush(building)
+        building.chmod(0o755)
+        _move(building, target)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return target
+
+
+def read_artifact(folder: str | Path) -> Artifact:
+    """Read an artifact.
+
+    Raises:
+        ArtifactError: it is missing, incomplete, damaged, foreign or of a newer format; the message
+            says which, and what to do.
+    """
+    target = Path(folder).expanduser().resolve()
+    _recover(target)
+    if not target.is_dir():
+        raise ArtifactError(f"there is no artifact at {target}: no such folder")
+    _refuse_foreign(target)
+    missing = [name for name in (GRAPH, TENSORS, FACTS) if not (target / name).is_file()]
+    if missing:
+        raise ArtifactError(
+            f"{target} is not a whole artifact: {', '.join(missing)} is missing; save it again, or copy all of it"
+        )
+    facts = _read_facts(target / FACTS)
+    tensors = _read_tensors(target / TENSORS)
+    arguments = {n.removeprefix(_ARGUMENT): t for n, t in tensors.items() if n.startswith(_ARGUMENT)}
+    try:
+        graph = InterventionGraph(*spec.nodes_from_dict(spec.parse_yaml(target / GRAPH), arguments))
+    except (GraphError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{target / GRAPH} cannot be read: {error}") from error
+    state = {name: tensor for name, tensor in tensors.items() if not name.startswith(_ARGUMENT)}
+    return Artifact(target, graph, state, facts)
+
+
+def _is_artifact(folder: Path) -> bool:
+    return (folder / GRAPH).is_file() and (folder / FACTS).is_file()
+
+
+def _refuse_foreign(folder: Path) -> None:
+    foreign = {"adapter_config.json": "PEFT", "reft_config.json": "pyreft", "config.json": "transformers"}
+    for name, library in foreign.items():
+        if (folder / name).is_file() and not _is_artifact(folder):
+            raise ArtifactError(
+                f"{folder} was written by {library} ({name} is in it), not by reftlab; load it with {library}"
+            )
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} is damaged: {error}; save the artifact again") from error
+    written = facts.get("format") if isinstance(facts, dict) else None
+    if type(written) is not int or written < 1:
+        raise ArtifactError(f"{path} does not name a format, so this is not a reftlab artifact")
+    if written > FORMAT:
+        raise ArtifactError(
+            f"{path.parent} has artifact format {written}, and this reftlab reads up to {FORMAT}; upgrade reftlab"
+        )
+    return dict(facts)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(
+            f"{path} is damaged or cut short ({error}); copy it again or save the artifact again"
+        ) from error
+
+
+def _previous(target: Path) -> Path:
+    return target.parent / f".{target.name}.previous"
+
+
+def _move(building: Path, target: Path) -> None:
+    """Put the new folder in the old one's place; `_recover` undoes a move that was cut short."""
+    previous = _previous(target)
+    shutil.rmtree(previous, ignore_errors=True)
+    if target.exists():
+        target.rename(previous)
+    building.rename(target)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _recover(target: Path) -> None:
+    previous = _previous(target)
+    if previous.is_dir() and not target.exists():
+        previous.rename(target)
+
+
+def _keep_other_files(target: Path, building: Path) -> None:
+    if not target.is_dir():
+        return
+    for entry in target.iterdir():
+        if entry.name in (GRAPH, TENSORS, FACTS, CARD):
+            continue
+        if entry.is_dir():
+            shutil.copytree(entry, building / entry.name, symlinks=True)
+        else:
+            shutil.copy2(entry, building / entry.name, follow_symlinks=False)
+
+
+def _flush(folder: Path) -> None:
+    for name in (GRAPH, TENSORS, FACTS, CARD):
+        with open(folder / name, "rb") as file:
+            os.fsync(file.fileno())

@@ -16,7 +16,7 @@ Everything below is imported when it is first used, so that `import reftlab` sta
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -34,7 +34,10 @@ _HOMES = {
         "NoReFT", "NodiReFT", "Noise", "OrthonormalBasis", "Scale", "Subtract", "Swap", "Zero",
     ),
     "reftlab.graph": ("Edit", "InterventionGraph", "Read", "Source"),
-    "reftlab.runtime": ("BoundModel", "Reading"),
+    "reftlab.runtime": ("BoundModel", "Reading", "load"),
+    "reftlab.training": ("Example", "TrainResult", "answer_loss", "reply", "train"),
+    "reftlab.models": ("load_model",),
+    "reftlab.explaining": ("Explanation", "explain"),
 }  # fmt: skip
 
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -45,9 +45,7 @@ def reply(
     tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise DataError("reply needs a tokenizer: bind with one, or give tokenizer=")
-    examples = [
-        Example(e.prompt) for e in as_examples([prompts] if isinstance(prompts, str) else prompts)
-    ]
+    examples = [Example(e.prompt) for e in as_examples([prompts] if isinstance(prompts, str) else prompts)]
     encoded = encode(tokenizer, examples, chat=uses_chat(model, tokenizer, chat), system=system)
     batch = Collator.of(tokenizer, "left")(encoded)
     inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}

@@ -1,0 +1,22 @@
+"""Data, batches, losses and the Trainer: how edits learn on a frozen model, and how one asks it."""
+
+from reftlab.training.collate import Collator
+from reftlab.training.data import Encoded, Example, as_examples, encode, format_prompt
+from reftlab.training.loss import answer_loss
+from reftlab.training.replies import reply
+from reftlab.training.result import TrainResult, TrainStep
+from reftlab.training.trainer import train
+
+__all__ = [
+    "Collator",
+    "Encoded",
+    "Example",
+    "TrainResult",
+    "TrainStep",
+    "answer_loss",
+    "as_examples",
+    "encode",
+    "format_prompt",
+    "reply",
+    "train",
+]

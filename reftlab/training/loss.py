@@ -1,0 +1,94 @@
+"""The answer loss: how surprised a model is by the answers that are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from reftlab.errors import DataError
+from reftlab.training.collate import Collator
+from reftlab.training.data import IGNORED_LABEL, Encoded, as_examples, encode
+from reftlab.training.replies import uses_chat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["answer_loss", "summed_loss"]
+
+
+def answer_loss(
+    model: Any,
+    examples: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    chat: bool | None = None,
+    system: str | None = None,
+    batch_size: int = 16,
+    side: Literal["left", "right"] = "right",
+) -> float:
+    """Mean cross-entropy of the answers' tokens, in nats a token, over all examples together.
+
+    Args:
+        model: a bound model, or a Hugging Face causal language model together with its tokenizer.
+        examples: (prompt, answer) pairs, see `reftlab.training.as_examples`.
+        tokenizer: the tokenizer; a bound model's own unless given.
+        chat, system: as for `reply`.
+        batch_size: rows in one forward pass; the result does not depend on it.
+        side: where batches are padded; the result does not depend on it.
+
+    Raises:
+        DataError: no tokenizer, or an example without an answer.
+    """
+    tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise DataError("answer_loss needs a tokenizer: bind with one, or give tokenizer=")
+    encoded = encode(tokenizer, with_answers(examples), chat=uses_chat(model, tokenizer, chat), system=system)
+    return mean_loss(model, encoded, Collator.of(tokenizer, side), batch_size)
+
+
+def mean_loss(model: Any, encoded: Sequence[Encoded], collate: Collator, batch_size: int) -> float:
+    """The answer loss of encoded examples, in eval mode and without gradients."""
+    total, count = 0.0, 0
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for start in range(0, len(encoded), batch_size):
+                batch = collate(encoded[start : start + batch_size])
+                batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+                losses, tokens = summed_loss(model(**batch).logits, batch["labels"])
+                total, count = total + float(losses), count + tokens
+    finally:
+        model.train(training)
+    return total / count
+
+
+def summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    """Sum of the cross-entropies of the labelled tokens, in nats, and how many they are.
+
+    Args:
+        logits: `(row, token, vocab)`; those at one token predict the next.
+        labels: `(row, token)`, -100 where no label is.
+    """
+    wanted = labels[:, 1:].to(logits.device)
+    kept = wanted != IGNORED_LABEL
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1][kept].float(), wanted[kept], reduction="sum")
+    return losses, int(kept.sum())
+
+
+def with_answers(examples: Any) -> list[Any]:
+    """Read examples and refuse those without an answer.
+
+    Raises:
+        DataError: an example has no answer; it is named by number.
+    """
+    read = as_examples(examples)
+    for number, example in enumerate(read):
+        if example.answer is None:
+            raise DataError(
+                f"example {number}, {example.prompt!r}, has no answer; a loss needs (prompt, answer) pairs"
+            )
+    return read

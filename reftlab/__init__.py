@@ -22,8 +22,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "reftlab.errors": (
-        "AddressError", "ArtifactError", "BindError", "DataError", "GraphError", "InterventionError",
-        "ModelError", "PositionError", "ReftlabError", "RunError", "UntouchedEditWarning",
+        "AddressError", "ArtifactError", "BindError", "ConfigError", "DataError", "GraphError",
+        "InterventionError", "ModelError", "PositionError", "ReftlabError", "RunError", "UntouchedEditWarning",
     ),
     "reftlab.address": (
         "After", "All", "First", "Indices", "Last", "Position", "Span", "Token", "Union",
@@ -34,9 +34,12 @@ _HOMES = {
         "NoReFT", "NodiReFT", "Noise", "OrthonormalBasis", "Scale", "Subtract", "Swap", "Zero",
     ),
     "reftlab.graph": ("Edit", "InterventionGraph", "Read", "Source"),
-    "reftlab.runtime": ("BoundModel", "Reading", "load"),
-    "reftlab.training": ("Example", "TrainResult", "answer_loss", "reply", "train"),
+    "reftlab.runtime": ("BoundModel", "Inspection", "Reading", "inspect", "load"),
+    "reftlab.training": (
+        "Evaluation", "Example", "TrainResult", "answer_loss", "evaluate", "read_examples", "reply", "train",
+    ),
     "reftlab.models": ("load_model",),
+    "reftlab.experiment": ("Experiment",),
     "reftlab.explaining": ("Explanation", "explain"),
 }  # fmt: skip
 

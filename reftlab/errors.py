@@ -12,6 +12,7 @@ __all__ = [
     "AddressError",
     "ArtifactError",
     "BindError",
+    "ConfigError",
     "DataError",
     "GraphError",
     "InterventionError",
@@ -57,6 +58,10 @@ class DataError(ReftlabError, ValueError):
 
 class ArtifactError(ReftlabError, ValueError):
     """A saved artifact that is missing, damaged, foreign, newer, or made for another model."""
+
+
+class ConfigError(ReftlabError, ValueError):
+    """An experiment's configuration that cannot be used."""
 
 
 class ModelError(ReftlabError, ValueError):

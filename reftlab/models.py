@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +46,7 @@ def load_model(
     Raises:
         ModelError: there is no such model, or it cannot be loaded.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     embedded = str(name).lower() == EMBEDDED
@@ -53,9 +57,9 @@ def load_model(
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(where, **extra)
             model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **extra, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         hint = did_you_mean(str(name).lower(), [EMBEDDED])
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ModelError(f"cannot load the model {str(name)!r}: {reason}.{hint}") from error
     if embedded:
         # The weights are plain tensors by now; left in, this entry makes trainers think otherwise.
@@ -64,7 +68,8 @@ def load_model(
                 del holder.quantization_config
         model.config._name_or_path = EMBEDDED
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        # Which token pads says nothing to the model, for the attention mask leaves it out.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     if device is not None:
         model = model.to(device)
     return model.eval(), tokenizer
@@ -80,20 +85,26 @@ def _embedded() -> str:
     return str(Path(spec.origin).parent)
 
 
-class _quiet:  # noqa: N801  (used as a function)
-    """Without transformers' progress bars, and with its own settings restored afterwards."""
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' progress bars and notices, and with their settings restored afterwards."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
 
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self.bars = logging.is_progress_bar_enabled()
-        self.level = logging.get_verbosity()
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
-
-    def __exit__(self, *error: object) -> None:
-        from transformers.utils import logging
-
-        logging.set_verbosity(self.level)
-        if self.bars:
+    bars, level, hub_level = (
+        logging.is_progress_bar_enabled(),
+        logging.get_verbosity(),
+        hub_logging.get_verbosity(),
+    )
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    try:
+        # The bar of the GGUF reader cannot be switched off; it finds the error stream when it starts.
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(level)
+        hub_logging.set_verbosity(hub_level)
+        if bars:
             logging.enable_progress_bar()

@@ -14,7 +14,7 @@ from reftlab.address import Site
 from reftlab.errors import BindError, ReftlabError
 from reftlab.runtime.leaf import get_input, get_output
 
-__all__ = ["SiteFacts", "scan"]
+__all__ = ["SiteFacts", "example_inputs", "moved", "scan", "skeleton"]
 
 _ROWS, _TOKENS = 2, 5
 
@@ -59,10 +59,10 @@ def scan(model: nn.Module, sites: Iterable[Site], example: Any = None) -> dict[S
     wanted = list(dict.fromkeys(sites))
     if not wanted:
         return {}
-    args, kwargs = _arguments(model, example)
+    args, kwargs = example_inputs(model, example)
     try:
-        skeleton = _skeleton(model)
-        facts = _watch(skeleton, wanted, *_moved((args, kwargs), torch.device("meta")))
+        shapes = skeleton(model)
+        facts = _watch(shapes, wanted, *moved((args, kwargs), torch.device("meta")))
     except ReftlabError:
         raise
     except Exception as no_shapes:  # any failure here means that this model needs values to run
@@ -76,7 +76,12 @@ def scan(model: nn.Module, sites: Iterable[Site], example: Any = None) -> dict[S
     return facts
 
 
-def _arguments(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def example_inputs(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Turn the caller's example into a call's arguments, or make some up for a text model.
+
+    Raises:
+        BindError: none was given, and reftlab does not know what the model takes.
+    """
     if isinstance(example, Mapping):
         return (), dict(example)
     if example is not None:
@@ -92,21 +97,21 @@ def _arguments(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[st
     )
 
 
-def _skeleton(model: nn.Module) -> nn.Module:
+def skeleton(model: nn.Module) -> nn.Module:
     """A copy of the module tree without values and without hooks."""
     tensors = [*model.parameters(), *model.buffers()]
     memo: dict[int, Any] = {}
     for tensor in tensors:
         shape = tensor.detach().to("meta")
         memo[id(tensor)] = nn.Parameter(shape, False) if isinstance(tensor, nn.Parameter) else shape
-    skeleton = copy.deepcopy(model, memo)
-    for module in skeleton.modules():
+    shapes = copy.deepcopy(model, memo)
+    for module in shapes.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
         module._forward_hooks_with_kwargs.clear()
         module._forward_pre_hooks_with_kwargs.clear()
         module._forward_hooks_always_called.clear()
-    return skeleton
+    return shapes
 
 
 def _watch_for_real(
@@ -118,7 +123,7 @@ def _watch_for_real(
     try:
         model.eval()
         with torch.random.fork_rng():
-            return _watch(model, sites, *_moved((args, kwargs), device))
+            return _watch(model, sites, *moved((args, kwargs), device))
     except ReftlabError:
         raise
     except Exception as error:
@@ -175,12 +180,12 @@ def _input_noter(site: Site, note: Any) -> Any:
     )
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def moved(value: Any, device: torch.device) -> Any:
     """Inputs on a device; floats of a width that the model does not expect stay the caller's matter."""
     if isinstance(value, Tensor):
         return value.detach().to(device)
     if isinstance(value, Mapping):
-        return {key: _moved(item, device) for key, item in value.items()}
+        return {key: moved(item, device) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(_moved(item, device) for item in value)
+        return type(value)(moved(item, device) for item in value)
     return value

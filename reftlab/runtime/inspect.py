@@ -1,0 +1,204 @@
+"""What a model is made of, in the words that a path uses."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from reftlab.address import head_size, portable_names
+from reftlab.errors import RunError
+from reftlab.runtime.leaf import get_input, get_output
+from reftlab.runtime.scan import example_inputs, moved, skeleton
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Inspection", "ModuleLine", "inspect"]
+
+_NOTE = (
+    "Type .output or .input behind a path. [*] stands for all of several equal modules; "
+    "[15], [4:12:2] and [3,9,-1] for some."
+)
+
+
+@dataclass(frozen=True)
+class ModuleLine:
+    """One module, or several equal ones under one path.
+
+    Attributes:
+        path: what one types before `.output` or `.input`.
+        kind: class name.
+        modules: how many modules the path names.
+        input_width, output_width: length of the last axis of what goes in and comes out; None where
+            that is no tensor of numbers, or where the module is never called.
+        heads: number of attention heads among the module's output features, or None.
+        parameters: numbers in one module, its children's included.
+        aliases: portable names of its sites.
+    """
+
+    path: str
+    kind: str
+    modules: int
+    input_width: int | None
+    output_width: int | None
+    heads: int | None
+    parameters: int
+    aliases: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The modules of a model in the order of `named_modules`.
+
+    Attributes:
+        model: class name of the model.
+        parameters: numbers in the whole model.
+        lines: one for each path.
+    """
+
+    model: str
+    parameters: int
+    lines: tuple[ModuleLine, ...]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One line a path, with the fields of `ModuleLine`."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(line) for line in self.lines])
+
+    def __str__(self) -> str:
+        rows = [("path", "width in → out", "parameters", "module", "portable names")]
+        rows += [(line.path, *_cells(line)) for line in self.lines]
+        wide = [max(len(row[column]) for row in rows) for column in range(5)]
+        lines = [
+            f"{path:<{wide[0]}}  {width:<{wide[1]}}  {size:>{wide[2]}}  {kind:<{wide[3]}}  {names}".rstrip()
+            for path, width, size, kind, names in rows
+        ]
+        return "\n".join([f"{self.model}, {self.parameters:,} parameters", "", *lines, "", _NOTE])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        head = f"{html.escape(self.model)}, {self.parameters:,} parameters"
+        frame = self.to_frame().drop(columns=["heads"])
+        frame["aliases"] = frame["aliases"].map(", ".join)
+        return f"<p>{head}</p>" + frame.to_html(
+            index=False, na_rep="", float_format=lambda number: f"{number:.0f}"
+        )
+
+
+def inspect(model: nn.Module, *, example: Any = None, every: bool = False) -> Inspection:
+    """List a model's modules with the paths that one can type, their widths and their aliases.
+
+    Widths come from one pass on shapes alone, which costs no arithmetic; where the model cannot run
+    so, they are None.
+
+    Args:
+        model: any module.
+        example: inputs for the pass, as for `InterventionGraph.bind`.
+        every: whether to list equal blocks one by one rather than as `[*]`.
+
+    >>> from torch import nn
+    >>> inspect(nn.Sequential(nn.Linear(3, 5), nn.ReLU()), example=torch.zeros(2, 3)).lines[0].output_width
+    5
+    """
+    widths = _widths(model, example)
+    aliases: dict[str, list[str]] = {}
+    for alias, path in portable_names(model).items():
+        aliases.setdefault(_module_of(path), []).append(alias)
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, module in model.named_modules():
+        if name:
+            template = re.sub(r"\.\d+(?=\.|$)", "[*]", f".{name}")[1:]
+            facts = (type(module).__name__, *widths.get(name, (None, None)), _size(module))
+            groups.setdefault((template, *facts, name if every else ""), []).append(name)
+    lines = []
+    for (template, kind, before, after, size, _), names in groups.items():
+        lines.append(
+            ModuleLine(
+                _path(names, alone=_alone(template, groups)),
+                kind,
+                len(names),
+                before,
+                after,
+                _heads(model, names[0], after),
+                size,
+                tuple(aliases.get(template, ())),
+            )
+        )
+    return Inspection(type(model).__name__, _size(model), tuple(lines))
+
+
+def _widths(model: nn.Module, example: Any) -> dict[str, tuple[int | None, int | None]]:
+    found: dict[str, tuple[int | None, int | None]] = {}
+    handles = []
+
+    def noter(name: str) -> Any:
+        def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            before = _width(lambda: get_input(module, args, kwargs, (), name))
+            found.setdefault(name, (before, _width(lambda: get_output(output, (), name))))
+
+        return note
+
+    args, kwargs = example_inputs(model, example)
+    copy = skeleton(model)
+    for name, module in copy.named_modules():
+        handles.append(module.register_forward_hook(noter(name), with_kwargs=True))
+    try:
+        with torch.no_grad():
+            copy(*moved(args, torch.device("meta")), **moved(kwargs, torch.device("meta")))
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+        # Some models need values to run; what was seen until then is still right.
+        return found
+    return found
+
+
+def _width(get: Any) -> int | None:
+    try:
+        tensor: Tensor = get()
+    except RunError:
+        return None
+    return int(tensor.shape[-1]) if tensor.dim() > 1 and tensor.is_floating_point() else None
+
+
+def _module_of(path: str) -> str:
+    """The module part of a site's path."""
+    return re.sub(r"\.(output|input)$", "", path)
+
+
+def _alone(template: str, groups: Iterable[tuple[Any, ...]]) -> bool:
+    return sum(key[0] == template for key in groups) == 1
+
+
+def _path(names: list[str], alone: bool) -> str:
+    """One path for modules that differ in their numbers only."""
+    first = names[0]
+    if len(names) == 1:
+        return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", f".{first}")[1:]
+    if alone:
+        return re.sub(r"\.\d+(?=\.|$)", "[*]", f".{first}")[1:]
+    columns = list(zip(*(re.findall(r"\.(\d+)(?=\.|$)", f".{name}") for name in names), strict=True))
+    numbers: Iterator[str] = (",".join(dict.fromkeys(column)) for column in columns)
+    return re.sub(r"\.\d+(?=\.|$)", lambda _: f"[{next(numbers)}]", f".{first}")[1:]
+
+
+def _heads(model: nn.Module, name: str, width: int | None) -> int | None:
+    size = head_size(model, name) if re.search(r"(^|[._])[qkv](_proj)?$", name) else None
+    return width // size if size and width and width % size == 0 else None
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _cells(line: ModuleLine) -> tuple[str, str, str, str]:
+    kind = line.kind + (f" ×{line.modules}" if line.modules > 1 else "")
+    widths = f"{line.input_width or '·'} → {line.output_width or '·'}"
+    widths += f" ({line.heads} heads)" if line.heads else ""
+    return widths, f"{line.parameters:,}", kind, ", ".join(line.aliases)

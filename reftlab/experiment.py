@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import yaml
@@ -109,7 +109,7 @@ class Experiment(_Strict):
         return value
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], folder: str | Path = ".") -> Self:
+    def from_dict(cls, data: Mapping[str, Any], folder: str | Path = ".") -> Experiment:
         """Read a configuration.
 
         Args:
@@ -138,7 +138,7 @@ class Experiment(_Strict):
             raise ConfigError(_first_reason(error)) from error
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> Self:
+    def from_yaml(cls, path: str | Path) -> Experiment:
         """Read a configuration file; paths in it count from its folder.
 
         Raises:

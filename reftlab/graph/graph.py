@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 
-from reftlab.errors import GraphError, did_you_mean
+from reftlab.errors import GraphError, InterventionError, did_you_mean
 from reftlab.graph import spec
 from reftlab.graph.nodes import BASE, Edit, Node, Read, Source, renamed
+from reftlab.interventions.base import number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -154,7 +155,11 @@ class InterventionGraph:
         edit = self._named(name)
         if not isinstance(edit, Edit):
             raise GraphError(f"scale({name!r}, …): only edits have a strength, and {name!r} is a {edit}")
-        return self._mapped(lambda n: n.with_strength(n.strength * factor) if n is edit else n)  # type: ignore[union-attr]
+        try:
+            strength = edit.strength * number(factor, "factor")
+        except InterventionError as error:
+            raise GraphError(f"scale({name!r}, …): {error}") from error
+        return self._mapped(lambda node: edit.with_strength(strength) if node is edit else node)
 
     def rename(self, names: Mapping[str, str]) -> InterventionGraph:
         """The graph with nodes renamed, `{"old": "new"}`; references to them follow."""

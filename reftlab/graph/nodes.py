@@ -8,8 +8,9 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from reftlab.address import Position, SitePath, View, parse_path, parse_position
-from reftlab.errors import GraphError, PositionError, ReftlabError
+from reftlab.errors import GraphError, InterventionError, ReftlabError
 from reftlab.interventions import Intervention
+from reftlab.interventions.base import number
 
 __all__ = ["BASE", "Edit", "Node", "Phase", "Read", "Source"]
 
@@ -105,6 +106,9 @@ class Read:
         """The name of the result: `name`, or what was read."""
         return self.name or f"{self.at} @ {self.positions or 'all'}"
 
+    def with_positions(self, positions: str | Position | int | Sequence[int]) -> Read:
+        return replace_read(self, positions=positions)
+
     def __str__(self) -> str:
         return f"read {self.label}" + ("" if self.run == BASE else f" in {self.run}")
 
@@ -179,16 +183,16 @@ class Edit:
                 f"{where}phase={phase!r} and a source: a source has no generated tokens to match; "
                 "use phase='prompt'"
             )
-        if isinstance(strength, bool) or not isinstance(strength, int | float):
-            raise GraphError(f"{where}strength={strength!r}: expected a number")
+        try:
+            strength = number(strength, "strength")
+        except InterventionError as error:
+            raise GraphError(f"{where}{error}") from error
         _check_name("Edit run", run)
         try:
             path, place, view = parse_path(at), parse_position(positions), View.of(heads, features)
             if phase != "prompt":
                 place.select_generated(1)
             intervention.check_source(source is not None)
-        except PositionError as error:
-            raise PositionError(f"{where}{error}") from error
         except ReftlabError as error:
             raise type(error)(f"{where}{error}") from error
         _set(
@@ -202,7 +206,7 @@ class Edit:
             phase=phase,
             heads=view.heads,
             features=features if isinstance(features, slice) else view.features,
-            strength=float(strength),
+            strength=strength,
         )
 
     @property
@@ -269,7 +273,7 @@ def renamed(node: Node, names: dict[str, str]) -> Node:
     if isinstance(node, Source):
         return Source(names.get(node.name, node.name))
     if isinstance(node, Read):
-        name = node.name if node.name is None else names.get(node.name, node.name)
+        name = names.get(node.label, node.name)
         return replace_read(node, name=name, run=names.get(node.run, node.run))
     source = node.source
     if source is not None:

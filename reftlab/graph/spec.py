@@ -37,7 +37,7 @@ def graph_to_dict(nodes: Sequence[Node], tensors: Tensors | None = None) -> dict
     return {"format": FORMAT, "nodes": [_write_node(node, tensors) for node in nodes]}
 
 
-def nodes_from_dict(data: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> list[Node]:
+def nodes_from_dict(data: Any, tensors: Mapping[str, Tensor] | None = None) -> list[Node]:
     """Read what `graph_to_dict` wrote.
 
     Raises:
@@ -103,8 +103,20 @@ def _write_intervention(edit: Edit, tensors: Tensors | None) -> dict[str, Any]:
                 "a file; write an Intervention subclass instead, whose arguments are numbers and texts"
             )
         elif value != defaults[key].default:
-            written[key] = value
+            written[key] = _plain(value, f"edit {edit.name!r}: {key} of {intervention.describe()}")
     return written
+
+
+def _plain(value: Any, what: str) -> Any:
+    """The value, if reading it again gives an equal one."""
+    try:
+        if yaml.safe_load(yaml.safe_dump(value, allow_unicode=True)) == value:
+            return value
+    except yaml.YAMLError:
+        pass
+    raise GraphError(
+        f"{what} is {value!r}, which cannot be written down; use numbers, texts, lists and tensors"
+    )
 
 
 def _write_tensor(value: Tensor, name: str, tensors: Tensors | None) -> Any:
@@ -131,7 +143,7 @@ def _read_node(entry: Any, number: int, tensors: Mapping[str, Tensor]) -> Node:
         _unslice(values)
         allowed = {"edit": "name", **{key: key for key in Edit.__dataclass_fields__ if key != "name"}}
         return Edit(**_arguments(values, allowed))
-    except (ReftlabError, TypeError) as error:
+    except (ReftlabError, TypeError, ValueError, OverflowError) as error:
         raise GraphError(f"node {number} ({kind} {entry[kind]!r}): {error}") from error
 
 
@@ -205,14 +217,16 @@ def to_json(data: Mapping[str, Any]) -> str:
 def parse_yaml(text: str | Path) -> Any:
     try:
         return yaml.safe_load(_text(text))
-    except yaml.YAMLError as error:
+    # PyYAML lets its constructors' own errors through: a date that does not exist is a ValueError,
+    # `!!bool x` a KeyError, `!!timestamp x` an AttributeError, deep brackets a RecursionError.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise GraphError(f"this is not YAML: {error}") from error
 
 
 def parse_json(text: str | Path) -> Any:
     try:
         return json.loads(_text(text))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise GraphError(f"this is not JSON: {error}") from error
 
 

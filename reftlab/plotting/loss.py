@@ -6,26 +6,25 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-__all__ = ["loss_curve"]
+from reftlab.plotting.style import BLUE, VERMILLION, empty_figure, frame
+
+__all__ = ["loss_figure"]
 
 
-def loss_curve(
+def loss_figure(
     steps: Sequence[int],
     losses: Sequence[float],
     evaluation_steps: Sequence[int] = (),
     evaluation_losses: Sequence[float] = (),
 ) -> Figure:
     """Draw training and evaluation loss, nats a token, on a logarithmic axis."""
-    figure = Figure(figsize=(6.0, 3.4), layout="constrained")
+    figure = empty_figure(6.0, 3.4)
     axes = figure.subplots()
-    axes.plot(steps, losses, color="#0072B2", label="training batch")
+    axes.plot(steps, losses, color=BLUE, label="training batch")
     if evaluation_steps:
-        axes.plot(evaluation_steps, evaluation_losses, "o--", color="#D55E00", label="evaluation examples")
+        axes.plot(evaluation_steps, evaluation_losses, "o--", color=VERMILLION, label="evaluation examples")
         axes.legend(frameon=False)
     if any(loss > 0 for loss in (*losses, *evaluation_losses)):
         axes.set_yscale("log")
-    axes.set_xlabel("optimiser step")
-    axes.set_ylabel("answer loss (nats per token)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.3)
+    frame(axes, x="optimiser step", y="answer loss (nats per token, log scale)")
     return figure

@@ -4,20 +4,24 @@
 |---|---|
 | `graph.yaml` | the graph, with tensors that are arguments of interventions by name |
 | `interventions.safetensors` | the interventions' parameters and those tensors |
-| `artifact.json` | format version, base model, training facts |
+| `artifact.json` | format version, checksums of the two above, base model, training facts |
 | `README.md` | the model card |
 
 A save builds the whole folder beside its destination and then moves it there, so that an
-interrupted save leaves the old artifact as it was.
+interrupted save leaves the old artifact as it was; the next save clears away what it left behind.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +40,7 @@ FORMAT = 1
 
 GRAPH, TENSORS, FACTS, CARD = "graph.yaml", "interventions.safetensors", "artifact.json", "README.md"
 _ARGUMENT = "argument:"
+_LONGEST_WAIT = 10.0
 
 
 @dataclass(frozen=True)
@@ -69,30 +74,33 @@ def write_artifact(
         GraphError: the graph holds code (`Function`).
     """
     target = Path(folder).expanduser().resolve()
-    _recover(target)
     arguments: dict[str, Tensor] = {}
     data = spec.graph_to_dict(graph.nodes, arguments)
-    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not _is_artifact(target)):
-        raise ArtifactError(
-            f"{target} exists and is not a reftlab artifact; save to a new or empty folder, so that "
-            "nothing of yours is overwritten"
-        )
+    text = spec.to_yaml(data)
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    tensors |= {_ARGUMENT + name: tensor.clone() for name, tensor in arguments.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
-    try:
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-        tensors |= {_ARGUMENT + name: tensor.clone() for name, tensor in arguments.items()}
-        (building / GRAPH).write_text(spec.to_yaml(data), encoding="utf-8")
-        safetensors.torch.save_file(tensors, building / TENSORS, metadata={"format": "pt"})
-        text = json.dumps({"format": FORMAT, **facts}, indent=2, ensure_ascii=False)
-        (building / FACTS).write_text(text + "\n", encoding="utf-8")
-        (building / CARD).write_text(card, encoding="utf-8")
-        _keep_other_files(target, building)
-        _flush(building)
-        building.chmod(0o755)
-        _move(building, target)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    with _alone_in(target.parent) as alone:
+        _recover(target)
+        _refuse_to_overwrite(target)
+        if alone:
+            _clear_interrupted(target)
+        building = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
+        try:
+            (building / GRAPH).write_text(text, encoding="utf-8")
+            safetensors.torch.save_file(tensors, building / TENSORS, metadata={"format": "pt"})
+            sums = {name: _checksum(building / name) for name in (GRAPH, TENSORS)}
+            written = {"format": FORMAT, "files": sums, **facts}
+            (building / FACTS).write_text(
+                json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
+            (building / CARD).write_text(card, encoding="utf-8")
+            _keep_other_files(target, building)
+            _flush(building)
+            building.chmod(target.stat().st_mode & 0o777 if target.is_dir() else 0o755)
+            _move(building, target)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
     return target
 
 
@@ -104,17 +112,21 @@ def read_artifact(folder: str | Path) -> Artifact:
             says which, and what to do.
     """
     target = Path(folder).expanduser().resolve()
-    _recover(target)
+    if _previous(target).is_dir() and not target.exists():
+        with _alone_in(target.parent):
+            _recover(target)
     if not target.is_dir():
         raise ArtifactError(f"there is no artifact at {target}: no such folder")
     _refuse_foreign(target)
     missing = [name for name in (GRAPH, TENSORS, FACTS) if not (target / name).is_file()]
     if missing:
         raise ArtifactError(
-            f"{target} is not a whole artifact: {', '.join(missing)} is missing; save it again, or copy all of it"
+            f"{target} is not a whole artifact: {', '.join(missing)} is missing; save it again, or copy "
+            "all of it"
         )
     facts = _read_facts(target / FACTS)
     tensors = _read_tensors(target / TENSORS)
+    _check_sums(target, facts.pop("files", {}))
     arguments = {n.removeprefix(_ARGUMENT): t for n, t in tensors.items() if n.startswith(_ARGUMENT)}
     try:
         graph = InterventionGraph(*spec.nodes_from_dict(spec.parse_yaml(target / GRAPH), arguments))
@@ -128,10 +140,25 @@ def _is_artifact(folder: Path) -> bool:
     return (folder / GRAPH).is_file() and (folder / FACTS).is_file()
 
 
+def _refuse_to_overwrite(target: Path) -> None:
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not _is_artifact(target)):
+        raise ArtifactError(
+            f"{target} exists and is not a reftlab artifact; save to a new or empty folder, so that "
+            "nothing of yours is overwritten"
+        )
+
+
 def _refuse_foreign(folder: Path) -> None:
-    foreign = {"adapter_config.json": "PEFT", "reft_config.json": "pyreft", "config.json": "transformers"}
+    if _is_artifact(folder):
+        return
+    # pyreft's folders have a config.json like those of transformers, and a file for each intervention.
+    pyreft = any(folder.glob("intkey_*"))
+    foreign = {
+        "adapter_config.json": "PEFT",
+        "config.json": "pyreft or pyvene" if pyreft else "transformers",
+    }
     for name, library in foreign.items():
-        if (folder / name).is_file() and not _is_artifact(folder):
+        if (folder / name).is_file():
             raise ArtifactError(
                 f"{folder} was written by {library} ({name} is in it), not by reftlab; load it with {library}"
             )
@@ -140,15 +167,21 @@ def _refuse_foreign(folder: Path) -> None:
 def _read_facts(path: Path) -> dict[str, Any]:
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} is damaged: {error}; save the artifact again") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ArtifactError(
+            f"{path} is damaged: {error}; copy it again or save the artifact again"
+        ) from error
     written = facts.get("format") if isinstance(facts, dict) else None
     if type(written) is not int or written < 1:
         raise ArtifactError(f"{path} does not name a format, so this is not a reftlab artifact")
     if written > FORMAT:
         raise ArtifactError(
-            f"{path.parent} has artifact format {written}, and this reftlab reads up to {FORMAT}; upgrade reftlab"
+            f"{path.parent} has artifact format {written}, and this reftlab reads up to {FORMAT}; "
+            "upgrade reftlab"
         )
+    for key in ("base_model", "files"):
+        if not isinstance(facts.get(key, {}), dict):
+            raise ArtifactError(f"{path} is damaged: {key!r} is {facts[key]!r}; save the artifact again")
     return dict(facts)
 
 
@@ -159,6 +192,60 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise ArtifactError(
             f"{path} is damaged or cut short ({error}); copy it again or save the artifact again"
         ) from error
+
+
+def _check_sums(folder: Path, sums: Mapping[str, Any]) -> None:
+    for name in (GRAPH, TENSORS):
+        if name in sums and sums[name] != _checksum(folder / name):
+            raise ArtifactError(
+                f"{folder / name} is not the file that was saved here: it was cut short, changed, or comes "
+                "from another artifact; copy the whole folder again, or change the graph in Python and save"
+            )
+
+
+def _checksum(path: Path) -> str:
+    data = path.read_bytes()
+    # Version control may turn the line ends of a text.
+    return hashlib.sha256(data.replace(b"\r\n", b"\n") if path.suffix == ".yaml" else data).hexdigest()
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[bool]:
+    """Keep other processes from saving into `folder` meanwhile; the system ends the lock with the process.
+
+    Yields:
+        Whether that worked; not where another process holds the lock for long, or on file systems
+        without locks. Systems that have none at all count as alone.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield True
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        alone, until = False, time.monotonic() + _LONGEST_WAIT
+        while not alone and time.monotonic() < until:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                alone = True
+            except BlockingIOError:
+                time.sleep(0.02)
+            except OSError:
+                break
+        yield alone
+        if alone:
+            fcntl.flock(handle, fcntl.LOCK_UN)
+    finally:
+        os.close(handle)
+
+
+def _clear_interrupted(target: Path) -> None:
+    """Remove what saves to `target` that were killed have left beside it."""
+    unfinished = re.compile(re.escape(f".{target.name}.new-") + r"[a-z0-9_]{8}")
+    for entry in target.parent.iterdir():
+        if unfinished.fullmatch(entry.name):
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def _previous(target: Path) -> Path:

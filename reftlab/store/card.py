@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +23,8 @@ def model_card(graph: InterventionGraph, facts: Mapping[str, Any], parameters: i
     base, training = facts.get("base_model", {}), facts.get("training", {})
     name = base.get("name") or base.get("class", "the base model")
     parts = [
-        f"---\nlibrary_name: reftlab\ntags: [interpretability, reft, intervention]\nbase_model: {name!r}\n---",
+        "---\nlibrary_name: reftlab\ntags: [interpretability, reft, intervention]\n"
+        f"base_model: {json.dumps(name, ensure_ascii=False)}\n---",
         f"# Interventions on {name}",
         "Made with [reftlab](https://pypi.org/project/reftlab/): edits of hidden vectors in a frozen model. "
         "The model's own weights are not in here and are not changed.",
@@ -29,13 +32,13 @@ def model_card(graph: InterventionGraph, facts: Mapping[str, Any], parameters: i
         _edit_section(graph, parameters),
     ]
     if training:
-        parts.append("## Training\n\n" + "\n".join(f"- {_words(k)}: {_value(v)}" for k, v in training.items()))
+        parts.append("## Training\n\n" + _listed(training))
     parts.append(_use_section(name, bool(training.get("chat"))))
     return "\n\n".join(parts) + "\n"
 
 
 def _base_section(base: Mapping[str, Any]) -> str:
-    return "## Base model\n\n" + "\n".join(f"- {_words(k)}: {_value(v)}" for k, v in base.items())
+    return "## Base model\n\n" + _listed(base)
 
 
 def _edit_section(graph: InterventionGraph, parameters: int) -> str:
@@ -58,8 +61,14 @@ def _edit_row(edit: Edit) -> str:
         does += f", source {edit.source!r}"
     if edit.strength != 1.0:
         does += f", strength {edit.strength:g}"
-    cells = (edit.name, f"`{site}`", f"`{positions}`", f"`{does}`", edit.intervention.formula)
+    cells = (edit.name, _code(site), _code(positions), _code(does), edit.intervention.formula)
     return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _code(text: str) -> str:
+    """Text as Markdown code, fenced by more backticks than it has in a row."""
+    fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
+    return f"{fence}{text}{fence}"
 
 
 def _use_section(name: str, chat: bool) -> str:
@@ -73,6 +82,10 @@ reft = rl.load("path/to/this/folder", model, tokenizer)
 print(rl.reply(reft, "Your question", chat={chat}))
 print(reft.plan())
 ```"""
+
+
+def _listed(facts: Mapping[str, Any]) -> str:
+    return "\n".join(f"- {_words(key)}: {_value(value)}" for key, value in facts.items())
 
 
 def _words(key: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from reftlab.plotting.loss import loss_curve
+from reftlab.plotting import loss_figure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,7 +75,7 @@ class TrainResult:
         frame = self.to_frame()
         training = frame.dropna(subset=["loss"])
         evaluation = frame.dropna(subset=["evaluation_loss"])
-        return loss_curve(
+        return loss_figure(
             training["step"].tolist(),
             training["loss"].tolist(),
             evaluation["step"].tolist(),

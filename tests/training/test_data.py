@@ -80,6 +80,6 @@ def test_a_batch_is_padded_on_the_side_asked_for(side):
     assert torch.equal(batch["position_ids"][real], torch.tensor([0, 1, 2, 0]))
 
 
-def test_an_unknown_padding_side_is_refused():
+def test_an_unknown_padding_side_is_refused(users_call):
     with pytest.raises(rl.DataError, match="side='middle'"):
         Collator(0, "middle")

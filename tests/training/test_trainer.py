@@ -31,7 +31,7 @@ def test_training_lowers_the_loss_until_the_answers_come_back():
     assert len(result.history) == 150
 
 
-def test_only_interventions_change_and_everything_else_is_left_as_it_was(reft):
+def test_only_interventions_change_and_everything_else_is_left_as_it_was(reft, users_call):
     weights = copy.deepcopy(reft.model.state_dict())
     before = state(reft)
     reft.model.lm_head.weight.requires_grad_(False)
@@ -177,7 +177,7 @@ def test_gradient_checkpointing_and_accumulation_train_to_the_same_numbers():
         torch.testing.assert_close(state(split)[name], tensor, atol=1e-4, rtol=1e-3)
 
 
-def test_what_cannot_be_trained_is_refused_with_a_reason(reft):
+def test_what_cannot_be_trained_is_refused_with_a_reason(reft, users_call):
     with pytest.raises(rl.DataError, match=r"no argument 'learning_rat'.*Did you mean 'learning_rate'"):
         rl.train(reft, PAIRS, learning_rat=1.0)
     with pytest.raises(rl.DataError, match="example 0, 'who', has no answer"):

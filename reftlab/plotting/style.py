@@ -1,0 +1,103 @@
+"""How figures look: one palette, one frame, and text that the font can show.
+
+Figures are `matplotlib.figure.Figure` objects made without pyplot, so that nothing global changes
+and no window opens.
+"""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+from typing import TYPE_CHECKING, Any, Literal
+
+from matplotlib import font_manager, ft2font
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["BLACK", "BLUE", "FONT", "GREEN", "GREY", "ORANGE", "PURPLE", "SKY", "VERMILLION", "YELLOW"]
+__all__ += ["drawable", "empty_figure", "frame", "message_figure"]
+
+BLACK, GREY = "#222222", "#8A8A8A"
+ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
+BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+"""Okabe and Ito's palette (2008), which readers with any colour vision can tell apart."""
+
+FONT = "DejaVu Sans"
+"""The font that matplotlib carries, so that figures look alike everywhere."""
+
+_UNSEEN = {"\ufe0f": "", "\ufe0e": "", "\u200d": "+"}
+
+
+def empty_figure(width: float, height: float) -> Figure:
+    """A blank figure, in inches, whose parts make room for each other."""
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white", dpi=130)
+
+
+def frame(
+    axes: Axes, *, x: str = "", y: str = "", title: str = "", grid: Literal["x", "y", "both", ""] = "y"
+) -> None:
+    """Label an axes and give it the house's frame.
+
+    Args:
+        axes: what to frame.
+        x, y: labels with their units.
+        title: short title.
+        grid: `x`, `y`, `both`, or an empty text for none.
+    """
+    axes.set_xlabel(x, fontsize=9)
+    axes.set_ylabel(y, fontsize=9)
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    if grid:
+        axes.grid(axis=grid, color="#DDDDDD", linewidth=0.6)
+        axes.set_axisbelow(True)
+
+
+def message_figure(title: str, message: str) -> Figure:
+    """A figure that says why there is nothing to draw."""
+    figure = empty_figure(7.0, 1.8)
+    axes = figure.subplots()
+    axes.set_axis_off()
+    axes.set_title(drawable(title), fontsize=10, loc="left")
+    axes.text(0, 0.5, drawable(message), wrap=True, va="center", fontsize=9, transform=axes.transAxes)
+    return figure
+
+
+def drawable(text: str, limit: int = 0) -> str:
+    """Text with characters that the font lacks written as their names, `:snowman without snow:`.
+
+    Args:
+        text: anything.
+        limit: cut to about so many characters, 0 for no limit.
+
+    >>> drawable("ok 🌊")
+    'ok :water wave:'
+    """
+    parts = [_drawable(character) for character in text]
+    shown = "".join(parts)
+    if limit and len(shown) > limit:
+        shown, kept = "", parts
+        while kept and len(shown) + len(kept[0]) <= limit:
+            shown, kept = shown + kept[0], kept[1:]
+        shown = (shown or parts[0][:limit]) + "…"
+    # A dollar would begin a formula.
+    return shown.replace("$", r"\$")
+
+
+def _drawable(character: str) -> str:
+    if character in _UNSEEN:
+        return _UNSEEN[character]
+    if ord(character) in _glyphs() or character in "\n ":
+        return character
+    name = unicodedata.name(character, "").lower()
+    return f":{name}:" if name else f"‹U+{ord(character):04X}›"
+
+
+@functools.cache
+def _glyphs() -> frozenset[int]:
+    """Code points that the font has."""
+    path: Any = font_manager.findfont(FONT)
+    return frozenset(ft2font.FT2Font(path).get_charmap())

@@ -141,7 +141,7 @@ def run(
     torch.manual_seed(seed)
     with clock("bind"):
         reft = graph.bind(model, tokenizer)
-    say.print(_shortened(str(reft.plan())), highlight=False)
+    say.print(_shortened(str(reft.plan())), highlight=False, soft_wrap=True)
 
     with clock("replies before"):
         before = evaluate(model, PAIRS, tokenizer, max_new_tokens=_REPLY_TOKENS)
@@ -175,7 +175,7 @@ def run(
     _title(say, "7", "Explain what the edits do")
     with clock("explain"):
         report = explain(reft, PAIRS, unseen=UNSEEN).save(folder / "report.html")
-    say.print(f"report {report}")
+    say.print(f"report in {_near(report)}", soft_wrap=True)
 
     demo = DemoResult(before, after, tuple(unseen), alike, artifact, report, clock.seconds)
     _print_summary(say, demo)
@@ -189,6 +189,12 @@ def _ask_in_fresh_process(artifact: Path, questions: Sequence[str]) -> list[str]
         command += ["--say", question]
     done = subprocess.run(command, capture_output=True, text=True, check=True, encoding="utf-8")
     return [line["reply"] for line in json.loads(done.stdout)]
+
+
+def _near(path: Path) -> Path:
+    """A path as short as it can be typed from here."""
+    here = Path.cwd()
+    return path.resolve().relative_to(here) if path.resolve().is_relative_to(here) else path
 
 
 def _title(say: Console, number: str, text: str) -> None:
@@ -224,12 +230,12 @@ def _print_replies(
 
 
 def _print_summary(say: Console, demo: DemoResult) -> None:
-    _title(say, "In short", "")
+    say.print("\n[bold]In short[/bold]")
     say.print(f"exact answers      {demo.after.exact} of {len(PAIRS)} (before: {demo.before.exact})")
     say.print(f"only emojis        {demo.unseen_emojis} of {len(UNSEEN)} replies to unseen questions")
     loss = f"{demo.before.loss:.3f} → {demo.after.loss:.4f} nats per token"
     say.print(f"answer loss        {loss}")
     parts = ", ".join(f"{part} {seconds:g}" for part, seconds in demo.seconds.items())
     say.print(f"seconds            {sum(demo.seconds.values()):.0f} ({parts})", soft_wrap=True)
-    say.print(f"talk to it         reftlab chat {demo.artifact}", soft_wrap=True)
-    say.print(f"what the edits do  {demo.report}", soft_wrap=True)
+    say.print(f"talk to it         reftlab chat {_near(demo.artifact)}", soft_wrap=True)
+    say.print(f"what the edits do  {_near(demo.report)}", soft_wrap=True)

@@ -30,9 +30,7 @@ def main() -> None:
         f"{tuple(batch['input_ids'].shape)} tokens, float32, {torch.get_num_threads()} threads, medians of "
         f"{options.steps} training steps\n"
     )
-    print(
-        "| edits | step, ms | all bases, ms | share | bases per step and edit | largest deviation of QᵀQ from I |"
-    )
+    print("| edits | step, ms | all bases, ms | share | bases per step, edit | largest entry of QᵀQ − I |")
     print("|---|---|---|---|---|---|")
     for at, rank in (("blocks[15].output", 4), ("blocks[*].output", 4), ("blocks[*].output", 32)):
         edit = rl.Edit("edit", at=at, positions="last", intervention=rl.LoReFT(rank=rank))

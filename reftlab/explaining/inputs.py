@@ -1,0 +1,86 @@
+"""Examples as the batches that a model takes, and a model put into eval mode for a while."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from reftlab.training.collate import Collator
+from reftlab.training.data import IGNORED_LABEL, Encoded
+
+if TYPE_CHECKING:
+    from reftlab.runtime import BoundModel
+
+__all__ = ["accepted", "batches", "continues_texts", "evaluating"]
+
+_TOKENS_A_BATCH = 2048
+
+
+def continues_texts(model: nn.Module) -> bool:
+    """Whether the model is a causal one that can be asked for an answer."""
+    return bool(getattr(model, "can_generate", lambda: False)())
+
+
+def batches(reft: BoundModel, encoded: list[Encoded], sources: Any) -> list[dict[str, Tensor]]:
+    """Batches of about 2048 tokens, or one where source inputs come with it.
+
+    Prompts are padded on the left and answers on the right, so that all answers of a batch begin in
+    the same column. Entries as from `Collator`.
+    """
+    assert reft.tokenizer is not None
+    collate = Collator.of(reft.tokenizer, "right")
+    groups: list[list[Encoded]] = [[]]
+    for one in encoded:
+        group = groups[-1]
+        longest = max([len(one), *(len(other) for other in group)])
+        if group and not sources and longest * (len(group) + 1) > _TOKENS_A_BATCH:
+            groups.append([])
+        groups[-1].append(one)
+    return [
+        {k: v.to(reft.device) for k, v in _aligned(collate(group), collate.pad_id).items()}
+        for group in groups
+    ]
+
+
+def _aligned(batch: dict[str, Tensor], pad_id: int) -> dict[str, Tensor]:
+    """Shift the rows of a batch that is padded on the right until their prompts end together."""
+    mask, labels = batch["attention_mask"], batch["labels"]
+    prompts = ((labels == IGNORED_LABEL) & (mask == 1)).sum(1)
+    shift = int(prompts.max()) - prompts
+    width = int((mask.sum(1) + shift).max())
+    columns = torch.arange(width)[None, :] - shift[:, None]
+    real = (columns >= 0) & (columns < mask.sum(1)[:, None])
+    columns = columns.clamp(0, mask.shape[1] - 1)
+    mask = real.long()
+    return {
+        "input_ids": torch.where(real, batch["input_ids"].gather(1, columns), pad_id),
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+        "labels": torch.where(real, labels.gather(1, columns), IGNORED_LABEL),
+    }
+
+
+def accepted(model: nn.Module) -> frozenset[str]:
+    """Which of a batch's entries the model's forward takes."""
+    names = inspect.signature(model.forward).parameters
+    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in names.values())
+    usual = {"input_ids", "attention_mask", "position_ids"}
+    taken = usual & (set(names) | ({"attention_mask"} if anything else set()))
+    return frozenset(taken | ({"labels"} & set(names) if continues_texts(model) else set()))
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Every submodule in eval mode inside a `with` block, and as it was afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

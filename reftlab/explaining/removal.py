@@ -1,0 +1,212 @@
+"""What becomes of the answers when an edit, or one direction of it, is taken away."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from reftlab.interventions import Intervention
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from reftlab.explaining.directions import Directions
+    from reftlab.explaining.loss import AnswerLoss
+    from reftlab.runtime import BoundModel
+
+__all__ = ["Removal", "Removed", "Without", "removals"]
+
+What = Literal["edit", "direction", "random"]
+
+
+@dataclass(frozen=True)
+class Removed:
+    """One thing taken away.
+
+    Attributes:
+        edit: key of the edit.
+        what: the whole `edit`, one `direction` of it, or, as a control, a `random` direction of the
+            span of its write directions.
+        label: label of the direction, or number of the random draw; empty for the whole edit.
+        loss: mean negative log-likelihood of an answer token without it, in nats.
+        change: `loss` minus the loss with everything in place, in nats.
+        changes: the same for each example, in nats per answer token of that example.
+    """
+
+    edit: str
+    what: What
+    label: str
+    loss: float
+    change: float
+    changes: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Loss on the answers with everything in place, and with one thing taken away at a time.
+
+    Attributes:
+        loss: mean negative log-likelihood of an answer token with all edits, in nats.
+        bare_loss: the same without any edit.
+        examples: number of examples with an answer.
+        tokens: number of answer tokens.
+        removed: everything that was taken away.
+        detailed: keys of the edits whose directions were removed one by one; the whole edit was
+            removed for all.
+        missing: why there is nothing here, or None.
+        note: what was left out, in words, or an empty text.
+    """
+
+    loss: float
+    bare_loss: float
+    examples: int
+    tokens: int
+    removed: tuple[Removed, ...]
+    detailed: tuple[str, ...]
+    missing: str | None = None
+    note: str = ""
+
+    @classmethod
+    def unavailable(cls, why: str) -> Removal:
+        return cls(float("nan"), float("nan"), 0, 0, (), (), why)
+
+    def of(self, edit: str, what: What | None = None) -> tuple[Removed, ...]:
+        """What was taken away from one edit."""
+        return tuple(r for r in self.removed if r.edit == edit and what in (None, r.what))
+
+    def to_frame(self) -> pd.DataFrame:
+        """One line a removal: edit, what, label, loss, change."""
+        import pandas as pd
+
+        lines = [(r.edit, r.what, r.label, r.loss, r.change) for r in self.removed]
+        return pd.DataFrame(lines, columns=["edit", "what", "label", "loss", "change"])
+
+    def plot(self) -> Figure:
+        from reftlab.plotting import message_figure, removal_figure
+
+        if self.missing is not None:
+            return message_figure("Answer loss without an edit", self.missing)
+        return removal_figure(
+            {r.edit: r.change for r in self.removed if r.what == "edit"},
+            {key: [(r.label, r.change) for r in self.of(key, "direction")] for key in self.detailed},
+            {key: [r.change for r in self.of(key, "random")] for key in self.detailed},
+        )
+
+    def _repr_html_(self) -> str:
+        import html
+
+        if self.missing is not None:
+            return f"<p>{html.escape(self.missing)}</p>"
+        return str(self.to_frame().to_html(index=False, float_format="{:.3g}".format))
+
+    def __repr__(self) -> str:
+        if self.missing is not None:
+            return f"Removal(not available: {self.missing})"
+        return (
+            f"Removal(loss {self.loss:.3g} nats a token with all edits, {self.bare_loss:.3g} with none, "
+            f"{len(self.removed)} removals)"
+        )
+
+
+class Without(Intervention):
+    """A built intervention with directions projected out of what it writes, or without all it writes.
+
+        h + (I − UᵀU) (edit(h) − h)
+
+    Args:
+        inner: the built intervention.
+        directions: orthonormal rows U, `(k, width)`; None takes all away.
+    """
+
+    takes_source = "optional"
+
+    def __init__(self, inner: nn.Module, directions: Float[Tensor, "k width"] | None = None) -> None:
+        super().__init__()
+        self.inner, self.directions = inner, directions
+        self.counts_positions = bool(getattr(inner, "counts_positions", False))  # type: ignore[misc]
+
+    def forward(
+        self, base: Float[Tensor, "n width"], source: Float[Tensor, "n width"] | None = None, **extra: Any
+    ) -> Float[Tensor, "n width"]:
+        if self.directions is None:
+            return base
+        new: Tensor = self.inner(base, source, **extra)
+        out = self.directions.to(base)
+        return new - ((new - base) @ out.T) @ out
+
+
+def removals(
+    reft: BoundModel,
+    measure: AnswerLoss,
+    directions: Mapping[str, Directions],
+    *,
+    max_edits: int = 6,
+    draws: int = 3,
+    seed: int = 0,
+    tick: Callable[[str], None] = lambda what: None,
+) -> Removal:
+    """Take away each edit, then each direction of those edits that matter most.
+
+    Args:
+        reft: the bound model.
+        measure: the loss.
+        directions: directions of each edit, by key.
+        max_edits: how many edits have their directions removed one by one: those whose removal as a
+            whole raises the loss most.
+        draws: how many random directions are removed from each of those as a control.
+        seed: of the random directions.
+        tick: called after each loss with a few words for a progress bar.
+    """
+    full = measure()
+    tick("all edits")
+    with reft.disabled():
+        bare = measure()
+    tick("no edits")
+    owner = measure.example_of
+    counts = torch.bincount(owner).clamp(min=1)
+
+    def removed(key: str, what: What, label: str, out: Tensor | None) -> Removed:
+        with _without(reft, key, out):
+            loss = measure()
+        tick(f"without {key} {label}".strip())
+        per_example = torch.zeros(len(counts)).index_add_(0, owner, loss - full) / counts
+        change = float(loss.mean() - full.mean())
+        return Removed(key, what, label, float(loss.mean()), change, tuple(per_example.tolist()))
+
+    keys = [bound.key for bound in reft.edits if bound.key in directions]
+    found = [removed(key, "edit", "", None) for key in keys]
+    order = sorted(found, key=lambda r: r.change, reverse=True)
+    detailed = tuple(r.edit for r in order[:max_edits])
+    generator = torch.Generator().manual_seed(seed)
+    for key in detailed:
+        write = directions[key].write
+        found += [
+            removed(key, "direction", label, write[k : k + 1])
+            for k, label in enumerate(directions[key].labels)
+        ]
+        for draw in range(1, draws + 1 if len(write) > 1 else 1):
+            mixed = torch.randn(1, len(write), generator=generator) @ write
+            found.append(removed(key, "random", str(draw), mixed / mixed.norm()))
+    note, left = "", len(keys) - len(detailed)
+    if left:
+        note = (
+            f"directions were removed one by one for the {len(detailed)} edits whose removal as a whole "
+            f"raises the loss most; for the other {left} only the whole edit was removed"
+        )
+    return Removal(
+        float(full.mean()), float(bare.mean()), len(counts), len(owner), tuple(found), detailed, None, note
+    )
+
+
+@contextlib.contextmanager
+def _without(reft: BoundModel, key: str, out: Tensor | None) -> Iterator[None]:
+    stand_in = Without(reft.interventions[key], out).eval()
+    with reft.replaced(key, stand_in):
+        yield

@@ -1,0 +1,104 @@
+"""An explanation's findings in a few plain sentences, computed from its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from reftlab.explaining.explanation import Explanation
+
+__all__ = ["in_nats", "summary_of"]
+
+_TOKENS = {"last": "the last prompt token", "all": "all prompt tokens", "first": "the first prompt token"}
+
+
+def summary_of(explanation: Explanation) -> tuple[str, ...]:
+    """The findings, one sentence or two an entry."""
+    if not explanation.edits:
+        return ("No edit was reached, so there is nothing to explain.",)
+    return tuple(_sentences(explanation))
+
+
+def in_nats(value: float) -> str:
+    """A loss with as many digits as help: `2.13`, `0.0031`."""
+    return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.2g}"
+
+
+def _sentences(explanation: Explanation) -> Iterator[str]:
+    edits, number = explanation.edits, len(explanation.examples)
+    verb = "changes" if len(edits) == 1 else "change"
+    yield (
+        f"{_count(len(edits), 'edit')} {verb} {_where(explanation)} of {explanation.model}; "
+        f"what follows was measured on {_count(number, 'example')}."
+    )
+    yield from _losses(explanation)
+    yield from _writes(explanation)
+    largest = max(edits, key=lambda edit: edit.sizes.median)
+    subject = "the edit" if len(edits) == 1 else f"{largest.edit}, the largest edit by this measure,"
+    yield (
+        f"Against the vectors that it acts on, {subject} is {largest.sizes.median:.0%} as long in the median."
+    )
+    asked = [reply for reply in explanation.replies.replies if reply.wanted is not None]
+    if asked:
+        edited, bare = sum(r.exact for r in asked), sum(r.bare_exact for r in asked)
+        yield (
+            f"With the edit{'s' * (len(edits) > 1)} {edited} of {len(asked)} answers come back exactly, "
+            f"without {bare}."
+        )
+
+
+def _losses(explanation: Explanation) -> Iterator[str]:
+    removal, edits = explanation.removal, explanation.edits
+    if removal.missing is not None:
+        yield f"The answer loss was not measured: {removal.missing}."
+        return
+    every = "it" if len(edits) == 1 else "all of them"
+    yield (
+        f"Without any edit an answer token costs {in_nats(removal.bare_loss)} nats, with {every} "
+        f"{in_nats(removal.loss)}."
+    )
+    if len(edits) == 1:
+        return
+    first = explanation.importance[0]
+    worst = removal.of(first.edit, "edit")[0]
+    moves = "raises" if worst.change > 0 else "changes"
+    yield (
+        f"The edit that the answers need most is {first.edit} at {first.site}: taking it away {moves} the "
+        f"loss from {in_nats(removal.loss)} to {in_nats(worst.loss)} nats."
+    )
+    idle = sum(r.change < 0.01 * worst.change for r in removal.removed if r.what == "edit")
+    if idle:
+        yield (
+            f"{_count(idle, 'edit')} of {len(edits)} can each be taken away at less than a hundredth of that "
+            "cost, which does not mean that all of them could go together."
+        )
+
+
+def _writes(explanation: Explanation) -> Iterator[str]:
+    readable = [edit for edit in explanation.edits if edit.towards()]
+    if not readable:
+        return
+    # Far from the end the direct effect is weak and says little, so the strongest one speaks.
+    push, best = max(((edit.push, edit) for edit in readable), key=lambda pair: pair[0])
+    share = float(best.directions.share[best.main or 0])
+    yield (
+        f"The strongest direct push on the next token comes from {best.edit}: {share:.0%} of what it writes "
+        f"lies along one direction, which promotes the tokens {' '.join(best.towards(5))} (up to {push:+.1f} "
+        "logits)."
+    )
+
+
+def _where(explanation: Explanation) -> str:
+    positions = sorted({edit.positions for edit in explanation.edits})
+    where = " and ".join(_TOKENS.get(p, f"the prompt tokens “{p}”") for p in positions[:3])
+    blocks = sorted({edit.block for edit in explanation.edits if edit.block is not None})
+    if not blocks:
+        return where
+    if len(blocks) > 3 and blocks == list(range(blocks[0], blocks[-1] + 1)):
+        return f"{where} in blocks {blocks[0]} to {blocks[-1]}"
+    return f"{where} in block{'s' * (len(blocks) > 1)} {', '.join(map(str, blocks))}"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'s' * (number != 1)}"

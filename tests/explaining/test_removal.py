@@ -1,0 +1,147 @@
+"""The answer loss, and what becomes of it when something is taken away."""
+
+import pytest
+import torch
+
+import reftlab as rl
+from reftlab.explaining import explain
+from reftlab.explaining.inputs import accepted, batches
+from reftlab.explaining.loss import AnswerLoss
+from reftlab.explaining.removal import Without
+from reftlab.training.data import as_examples, encode
+from tests.explaining.conftest import PAIRS, WIDTH, bound, loreft, orthonormal, set_directions
+
+
+def measure(reft, pairs=PAIRS):
+    encoded = encode(reft.tokenizer, as_examples(pairs))
+    return AnswerLoss(reft, batches(reft, encoded, None), accepted(reft.model))
+
+
+def plain_loss(reft, pairs=PAIRS):
+    """Row by row through the bound model itself, with torch's cross entropy."""
+    losses = []
+    for example in encode(reft.tokenizer, as_examples(pairs)):
+        ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
+        with torch.no_grad():
+            logits = reft(input_ids=ids, labels=labels).logits[0]
+        loss = torch.nn.functional.cross_entropy(logits[:-1], labels[0, 1:], reduction="none")
+        losses.append(loss[labels[0, 1:] != -100])
+    return torch.cat(losses)
+
+
+def test_prompts_of_a_batch_end_together_and_nothing_is_lost(small_llama, byte_tokenizer):
+    encoded = encode(byte_tokenizer, as_examples(PAIRS))
+    (batch,) = batches(bound(small_llama, byte_tokenizer), encoded, None)
+    starts = (batch["labels"] != -100).long().argmax(1)
+    assert len(set(starts.tolist())) == 1
+    for row, one in enumerate(encoded):
+        real = batch["attention_mask"][row] == 1
+        assert tuple(batch["input_ids"][row][real].tolist()) == one.input_ids
+        assert tuple(batch["labels"][row][real].tolist()) == one.labels
+        assert batch["position_ids"][row][real].tolist() == list(range(len(one)))
+        assert bool((batch["labels"][row][~real] == -100).all())
+
+
+@pytest.mark.parametrize("family", ["small_llama", "small_gpt2"])
+@pytest.mark.parametrize("positions", ["last", "first", "all", "first(2)+last(2)"])
+def test_the_loss_is_that_of_plain_cross_entropy(family, positions, byte_tokenizer, request):
+    edit = rl.Edit("shift", at="blocks[0].output", positions=positions, intervention=rl.LoReFT(rank=2))
+    reft = bound(request.getfixturevalue(family), byte_tokenizer, edit)
+    loss = measure(reft)
+    for _ in range(2):  # the second call is the one that may use the cache
+        torch.testing.assert_close(loss(), plain_loss(reft), atol=1e-4, rtol=1e-4)
+    with reft.disabled():
+        torch.testing.assert_close(loss(), plain_loss(reft), atol=1e-4, rtol=1e-4)
+
+
+def test_columns_before_the_first_edit_are_run_once(small_llama, byte_tokenizer):
+    loss = measure(bound(small_llama, byte_tokenizer, loreft()))
+    loss()
+    widths = []
+    handle = small_llama.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    loss()
+    handle.remove()
+    answers = [
+        sum(label != -100 for label in one.labels) for one in encode(byte_tokenizer, as_examples(PAIRS))
+    ]
+    assert widths == [1 + max(answers)]
+
+
+def test_answers_that_edits_of_generated_tokens_change_are_measured_too(small_llama, byte_tokenizer):
+    edit = rl.Edit(
+        "both", at="blocks[0].output", positions="all", phase="both", intervention=rl.LoReFT(rank=2)
+    )
+    reft = bound(small_llama, byte_tokenizer, edit)
+    torch.testing.assert_close(measure(reft)(), plain_loss(reft), atol=1e-4, rtol=1e-4)
+
+
+def test_many_examples_in_several_batches_give_the_same(small_llama, byte_tokenizer, monkeypatch):
+    monkeypatch.setattr("reftlab.explaining.inputs._TOKENS_A_BATCH", 40)
+    reft = bound(small_llama, byte_tokenizer, loreft())
+    loss = measure(reft)
+    assert len(loss._batches) > 1
+    torch.testing.assert_close(loss(), plain_loss(reft), atol=1e-4, rtol=1e-4)
+
+
+def pushing(model, tokenizer):
+    """A rank-2 edit after the last block that hardly reads: along direction 1 it pushes the token z hard,
+    along direction 2 it does next to nothing."""
+    reft = bound(model, tokenizer, loreft(at="blocks[2].output"))
+    push = model.get_output_embeddings().weight[tokenizer.convert_tokens_to_ids("z")].detach()
+    write = torch.linalg.qr(torch.stack([push, orthonormal(1, 3)[0]], dim=1)).Q.T
+    write = write * torch.sign(write @ push)[:1, None]
+    gains, amounts = torch.tensor([1e-2, 5e-3]), torch.tensor([60.0, 1e-3])
+    set_directions(reft.interventions["shift"], write, gains, orthonormal(2, 9), amounts)
+    return reft
+
+
+def test_removing_the_planted_direction_costs_and_removing_the_other_does_not(small_llama, byte_tokenizer):
+    reft = pushing(small_llama, byte_tokenizer)
+    pairs = [("what is last", "z"), ("and now", "z")]
+    removal = explain(reft, pairs, chat=False, max_new_tokens=0, progress=False).removal
+    first, second = removal.of("shift", "direction")
+    (whole,) = removal.of("shift", "edit")
+    assert removal.bare_loss > removal.loss + 0.3
+    assert first.change == pytest.approx(whole.change, abs=0.05)
+    assert first.change > 0.3
+    assert abs(second.change) < 0.01
+    assert whole.loss == pytest.approx(removal.bare_loss, abs=1e-4)
+    assert len(removal.of("shift", "random")) == 3
+    assert sum(first.changes) > 0
+    assert removal.loss == pytest.approx(float(plain_loss(reft, pairs).mean()), abs=1e-4)
+
+
+def test_a_direction_taken_out_is_gone_from_what_is_written():
+    built = rl.LoReFT(rank=3).build(WIDTH)
+    out = orthonormal(1, 4)
+    base = torch.randn(5, WIDTH)
+    with torch.no_grad():
+        before, after = built(base) - base, Without(built, out)(base) - base
+        assert torch.equal(Without(built, None)(base), base)
+    torch.testing.assert_close(after, before - (before @ out.T) @ out, atol=1e-5, rtol=1e-5)
+
+
+def test_only_the_most_important_edits_are_taken_apart_and_the_report_says_so(small_llama, byte_tokenizer):
+    reft = bound(small_llama, byte_tokenizer, loreft("a", "blocks[0,1,2].output"), loreft("b"))
+    found = explain(reft, PAIRS, max_edits=2, draws=1, max_new_tokens=0, progress=False)
+    removal = found.removal
+    whole = {one.edit: one.change for one in removal.removed if one.what == "edit"}
+    assert set(whole) == {"a[0]", "a[1]", "a[2]", "b"}
+    assert list(removal.detailed) == sorted(whole, key=whole.get, reverse=True)[:2]
+    assert {one.edit for one in removal.removed if one.what == "direction"} == set(removal.detailed)
+    assert "for the other 2 only the whole edit" in removal.note
+    assert len(removal.to_frame()) == 4 + 2 * 2 + 2
+    assert removal.plot().axes or removal.plot().subfigs
+
+
+def test_random_controls_follow_the_seed(small_llama, byte_tokenizer):
+    reft = bound(small_llama, byte_tokenizer, loreft())
+
+    def controls(seed):
+        removal = explain(reft, PAIRS, seed=seed, max_new_tokens=0, progress=False).removal
+        return [one.change for one in removal.of("shift", "random")]
+
+    assert controls(1) == controls(1)
+    assert controls(1) != controls(2)

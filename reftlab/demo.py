@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -148,7 +149,11 @@ def run(
         unseen_before = reply(model, UNSEEN, tokenizer, max_new_tokens=_REPLY_TOKENS)
 
     _title(say, "4", f"Train it on {len(PAIRS)} pairs")
-    settings = {"epochs": epochs, "learning_rate": learning_rate, "warmup_steps": warmup_steps}
+    settings: dict[str, Any] = {
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "warmup_steps": warmup_steps,
+    }
     say.print(", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in settings.items()))
     with clock("train"):
         result = train(reft, PAIRS, batch_size=len(PAIRS), seed=seed, **settings)

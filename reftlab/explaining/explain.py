@@ -22,7 +22,7 @@ from reftlab.explaining.tokens import Lens, token_effects
 from reftlab.explaining.vectors import EditVectors, common_axes, sizes_of
 from reftlab.runtime import BoundModel
 from reftlab.training.data import Encoded, Example, as_examples, encode
-from reftlab.training.replies import uses_chat
+from reftlab.training.replies import prompt_form
 
 if TYPE_CHECKING:
     from reftlab.runtime.bind import BoundEdit
@@ -73,10 +73,11 @@ def explain(
     _check(reft, top=top, max_edits=max_edits, draws=draws, max_new_tokens=max_new_tokens)
     rows = as_examples(examples)
     others = as_examples(unseen) if unseen is not None else []
-    chat = uses_chat(reft, reft.tokenizer, chat)  # type: ignore[arg-type]
+    assert reft.tokenizer is not None
+    form = prompt_form(reft, reft.tokenizer, chat, system)
     # A model that does not continue texts would take an answer for a part of the prompt.
     kept = rows if continues_texts(reft.model) else [Example(row.prompt) for row in rows]
-    encoded = encode(reft.tokenizer, kept, chat=chat, system=system)  # type: ignore[arg-type]
+    encoded = encode(reft.tokenizer, kept, **form)
     subject = _Subject(reft, rows, encoded, accepted(reft.model), sources)
     with evaluating(reft), torch.no_grad(), tqdm(disable=not progress, desc="explain") as bar:
 
@@ -97,14 +98,14 @@ def explain(
         removal = _removal(subject, directions, max_edits=max_edits, draws=draws, seed=seed, tick=tick)
         replies = ReplyTable((), 0, "no replies were asked for (max_new_tokens=0)")
         if max_new_tokens:
-            replies = ask(
-                reft, rows, others, chat=chat, system=system, sources=sources, max_new_tokens=max_new_tokens
-            )
+            replies = ask(reft, rows, others, sources=sources, max_new_tokens=max_new_tokens, **form)
         tick("replies")
         bar.total = bar.n
     name = getattr(getattr(reft.model, "config", None), "_name_or_path", "") or type(reft.model).__name__
     facts = dict(reft.facts)
-    return Explanation(str(name), reft.plan(), facts, tuple(rows), chat, edits, removal, replies, seed)
+    return Explanation(
+        str(name), reft.plan(), facts, tuple(rows), form["chat"], edits, removal, replies, seed
+    )
 
 
 @dataclass(frozen=True, eq=False)

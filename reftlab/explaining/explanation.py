@@ -167,7 +167,7 @@ class Explanation:
         """Write the report, one HTML file that needs nothing else, and its figures as PNG beside it.
 
         Args:
-            path: of the HTML file; the figures of `report.html` are `report_overview.png` and so on.
+            path: of the HTML file; the figures of `report.html` are `report_figures/overview.png` and so on.
 
         Returns:
             The path of the HTML file.

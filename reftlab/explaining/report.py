@@ -25,12 +25,13 @@ OPEN = 3
 
 
 def save_report(explanation: Explanation, path: Path) -> Path:
-    """Write `path`, and its figures beside it; the page needs none of them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `path`, and its figures into a folder beside it; the page needs none of them."""
+    folder = path.with_name(f"{path.stem}_figures")
+    folder.mkdir(parents=True, exist_ok=True)
     images: dict[str, str] = {}
     for name, figure in _figures(explanation):
         data = _png(figure)
-        path.with_name(f"{path.stem}_{name}.png").write_bytes(data)
+        (folder / f"{name}.png").write_bytes(data)
         images[name] = _embedded(data)
     path.write_text(_template().render(**_content(explanation, images)), encoding="utf-8")
     return path

@@ -11,7 +11,7 @@ from torch import Tensor
 from reftlab.errors import DataError
 from reftlab.training.collate import Collator
 from reftlab.training.data import IGNORED_LABEL, Encoded, as_examples, encode
-from reftlab.training.replies import uses_chat
+from reftlab.training.replies import prompt_form
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +45,7 @@ def answer_loss(
     tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise DataError("answer_loss needs a tokenizer: bind with one, or give tokenizer=")
-    encoded = encode(tokenizer, with_answers(examples), chat=uses_chat(model, tokenizer, chat), system=system)
+    encoded = encode(tokenizer, with_answers(examples), **prompt_form(model, tokenizer, chat, system))
     return mean_loss(model, encoded, Collator.of(tokenizer, side), batch_size)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
@@ -14,7 +14,14 @@ from reftlab.training.data import Example, as_examples, encode
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["reply"]
+__all__ = ["PromptForm", "prompt_form", "reply"]
+
+
+class PromptForm(TypedDict):
+    """How a prompt becomes the text that the model sees: arguments of `format_prompt` and `encode`."""
+
+    chat: bool
+    system: str | None
 
 
 def reply(
@@ -35,7 +42,7 @@ def reply(
         tokenizer: the tokenizer; a bound model's own unless given.
         chat: whether to use the tokenizer's chat template; by default if the model was trained with
             it, or has one and was never trained.
-        system: system message, with the template only.
+        system: system message, with the template only; by default that of the training.
         max_new_tokens: how many tokens a reply may have.
         **options: passed to `generate`; greedy decoding unless they say otherwise.
 
@@ -46,7 +53,7 @@ def reply(
     if tokenizer is None:
         raise DataError("reply needs a tokenizer: bind with one, or give tokenizer=")
     examples = [Example(e.prompt) for e in as_examples([prompts] if isinstance(prompts, str) else prompts)]
-    encoded = encode(tokenizer, examples, chat=uses_chat(model, tokenizer, chat), system=system)
+    encoded = encode(tokenizer, examples, **prompt_form(model, tokenizer, chat, system))
     batch = Collator.of(tokenizer, "left")(encoded)
     inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
     options = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, **options}
@@ -56,9 +63,20 @@ def reply(
     return [str(text) for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
-def uses_chat(model: Any, tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> bool:
-    """Whether prompts go through the chat template when the caller does not say."""
-    if chat is not None:
-        return chat
+def prompt_form(
+    model: Any, tokenizer: PreTrainedTokenizerBase, chat: bool | None, system: str | None = None
+) -> PromptForm:
+    """How prompts are written where the caller does not say: as in the training, if there was one.
+
+    Args:
+        model: a bound model, which knows how it was trained, or any other.
+        tokenizer: without a training its chat template is used where it has one.
+        chat: whether to use the template, or None.
+        system: the system message, or None for that of the training.
+    """
     trained = getattr(model, "facts", {}).get("training", {})
-    return bool(trained.get("chat", bool(getattr(tokenizer, "chat_template", None))))
+    if chat is None:
+        chat = bool(trained.get("chat", bool(getattr(tokenizer, "chat_template", None))))
+    if system is None and chat:
+        system = trained.get("system")
+    return {"chat": chat, "system": system}

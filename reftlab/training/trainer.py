@@ -34,7 +34,7 @@ from reftlab.training.checkpoints import (
 from reftlab.training.collate import Collator
 from reftlab.training.data import Encoded, encode
 from reftlab.training.loss import mean_loss, with_answers
-from reftlab.training.replies import uses_chat
+from reftlab.training.replies import prompt_form
 from reftlab.training.result import TrainResult, TrainStep
 
 if TYPE_CHECKING:
@@ -105,11 +105,11 @@ def train(
     >>> result = train(reft, [("What is the sea like?", "🌊🐠🐚")], epochs=30)  # doctest: +SKIP
     """
     _check(reft, options, folder, resume)
-    chat = uses_chat(reft, reft.tokenizer, chat)
+    form = prompt_form(reft, reft.tokenizer, chat, system)
     collator = Collator.of(reft.tokenizer, side)
 
     def encoded_pairs(data: Any) -> list[Encoded]:
-        return encode(reft.tokenizer, with_answers(data), chat=chat, system=system, max_length=max_length)
+        return encode(reft.tokenizer, with_answers(data), max_length=max_length, **form)
 
     encoded = encoded_pairs(examples)
     held_out = None if evaluation is None else encoded_pairs(evaluation)
@@ -122,8 +122,7 @@ def train(
         "schedule": schedule,
         "weight_decay": weight_decay,
         "seed": seed,
-        "chat": chat,
-        "system": system,
+        **form,
         **options,
     }
     identity = {**settings, "data": digest(encoded), "graph": repr(reft.graph)}

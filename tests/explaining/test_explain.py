@@ -108,7 +108,7 @@ def test_prompts_without_answers_leave_the_loss_out_and_say_so(reft, tmp_path):
     found = explain(reft, ["the sea", "snow"], max_new_tokens=2, progress=False)
     assert "no answers" in found.removal.missing
     assert "no answers" in found.save(tmp_path / "report.html").read_text(encoding="utf-8")
-    assert not (tmp_path / "report_removal.png").exists()
+    assert not (tmp_path / "report_figures" / "removal.png").exists()
 
 
 def test_a_model_that_cannot_talk_is_explained_as_far_as_it_goes(byte_tokenizer, tmp_path):
@@ -185,16 +185,15 @@ def test_the_report_names_the_example_for_which_most_is_written(small_llama, byt
 
 def test_figures_lie_beside_the_report_and_are_those_inside_it(reft, tmp_path):
     path = explain(reft, PAIRS, max_new_tokens=3, progress=False).save(tmp_path / "report.html")
-    figures = {file.name: file.read_bytes() for file in tmp_path.glob("*.png")}
-    expected = {"report_overview.png", "report_removal.png", "report_replies.png", "report_shift-0.png",
-                "report_steer.png", "report_shift-2.png", "report_shift-0_directions.png",
-                "report_shift-0_tokens.png", "report_shift-0_sizes.png"}  # fmt: skip
-    assert expected <= set(figures)
+    figures = {file.name: file.read_bytes() for file in tmp_path.glob("report_figures/*.png")}
+    expected = ["overview", "removal", "replies", "shift-0", "steer", "shift-2"]
+    expected += [f"shift-0_{kind}" for kind in ("directions", "tokens", "sizes")]
+    assert {f"{name}.png" for name in expected} <= set(figures)
     page = path.read_text(encoding="utf-8")
     for data in figures.values():
         assert data.startswith(b"\x89PNG")
         assert len(data) > 4000
-    assert base64.b64encode(figures["report_overview.png"]).decode() in page
+    assert base64.b64encode(figures["overview.png"]).decode() in page
 
 
 def test_edits_whose_names_look_alike_keep_their_own_figures(small_llama, byte_tokenizer, tmp_path):
@@ -203,8 +202,8 @@ def test_edits_whose_names_look_alike_keep_their_own_figures(small_llama, byte_t
     edits = [loreft(name, site) for name, site in zip(names, sites, strict=True)]
     found = explain(bound(small_llama, byte_tokenizer, *edits), PAIRS, max_new_tokens=0, progress=False)
     found.save(tmp_path / "r.html")
-    assert {"r_a-1.png", "r_a-1-2.png", "r_a-2.png", "r_removal.png", "r_removal-2.png"} <= {
-        file.name for file in tmp_path.iterdir()
+    assert {"a-1.png", "a-1-2.png", "a-2.png", "removal.png", "removal-2.png"} <= {
+        file.name for file in (tmp_path / "r_figures").iterdir()
     }
 
 

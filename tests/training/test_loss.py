@@ -5,7 +5,7 @@ import torch
 
 import reftlab as rl
 
-from .conftest import PAIRS, bind, make_model, make_tokenizer
+from .conftest import PAIRS, bind, make_graph, make_model, make_tokenizer
 
 
 def by_hand(model, tokenizer, pairs) -> float:
@@ -65,3 +65,13 @@ def test_replies_of_a_mixed_batch_are_those_of_each_prompt_alone():
     assert together == alone
     with reft.disabled():
         assert rl.reply(reft, prompts, max_new_tokens=6) != together
+
+
+def test_a_system_message_of_the_training_stays_unless_another_is_given(tokenizer_with_template):
+    reft = make_graph().bind(make_model(), tokenizer_with_template)
+    plain = rl.answer_loss(reft, PAIRS)
+    told = rl.answer_loss(reft, PAIRS, system="who is the cat")
+    assert told != plain
+    rl.train(reft, PAIRS, epochs=0.1, learning_rate=0.0, system="who is the cat", progress=False)
+    assert rl.answer_loss(reft, PAIRS) == pytest.approx(told, abs=1e-6)
+    assert rl.answer_loss(reft, PAIRS, chat=False) != pytest.approx(told, abs=1e-3)

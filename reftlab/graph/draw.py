@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from reftlab.graph.layout import FONT, LINE, Mark, Measure, Sheet, lay_out, shown
+from reftlab.graph.layout import LINE, Mark, Measure, Sheet, lay_out, shown
 from reftlab.graph.nodes import BASE, Edit, Read
+from reftlab.plotting.style import BLACK, BLUE, FONT, GREEN, ORANGE, PURPLE, VERMILLION
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,15 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_graph", "graph_html"]
 
-# Okabe and Ito's palette, which readers with any colour vision can tell apart; shapes differ too.
 _STYLES = {
-    "edit": ("s", "#D55E00", "edit, on prompt tokens"),
-    "edit decode": (">", "#E69F00", "edit, on generated tokens"),
-    "edit both": ("p", "#CC79A7", "edit, on prompt and generated tokens"),
-    "supply": ("D", "#009E73", "read that supplies an edit"),
-    "read": ("o", "#0072B2", "read"),
+    "edit": ("s", VERMILLION, "edit, on prompt tokens"),
+    "edit decode": (">", ORANGE, "edit, on generated tokens"),
+    "edit both": ("p", PURPLE, "edit, on prompt and generated tokens"),
+    "supply": ("D", GREEN, "read that supplies an edit"),
+    "read": ("o", BLUE, "read"),
 }
-_FLOW, _INK, _GREY, _LANES = "#009E73", "#222222", "#5F5F5F", ("#F3F3F3", "#E6F0F7")
+_FLOW, _INK, _GREY, _LANES = GREEN, BLACK, "#5F5F5F", ("#F3F3F3", "#E6F0F7")
 _DPI, _MOST_PIXELS = 144, 20000
 
 Placed = dict[str, tuple[Mark, float]]

@@ -6,23 +6,22 @@ long as there is room for.
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
 from reftlab.address import SitePath
 from reftlab.graph.depth import Column, DepthAxis, depth_of
 from reftlab.graph.nodes import Edit, Read
+from reftlab.plotting.style import with_glyphs
 
 if TYPE_CHECKING:
     from reftlab.graph.graph import InterventionGraph
 
-__all__ = ["FONT", "LINE", "Layout", "Mark", "Measure", "Sheet", "lay_out", "shown"]
+__all__ = ["LINE", "Layout", "Mark", "Measure", "Sheet", "lay_out", "shown"]
 
-FONT, LINE = "DejaVu Sans", 1.42
+LINE = 1.42
 """The font, and the height of a line in units of its size."""
 
 Measure = Callable[[str, float, bool], float]
@@ -95,7 +94,7 @@ class Sheet:
         named = {name: measure(shown(name), 8.0, False) + 0.24 for name in (*axis.left, *axis.right)}
         blocks = len(axis.blocks) + len(axis.ends)
         spare = width - 0.6 - sum(named.values()) - 0.4 * axis.open
-        step = min(0.9, max(0.15, spare / max(1, blocks)))
+        step = min(0.9 if blocks > 3 else 2.0, max(0.15, spare / max(1, blocks)))
         if not blocks:
             named = {name: wide + min(1.5, spare / len(named)) for name, wide in named.items()}
         x, centre = 0.3, dict[Column, float]()
@@ -244,21 +243,7 @@ def _beside(sheet: Sheet, mark: Mark) -> Mark:
     return replace(mark, text_x=x - 0.12, align="right")
 
 
-@cache
-def _glyphs() -> frozenset[int]:
-    from matplotlib import font_manager
-
-    return frozenset(font_manager.get_font(font_manager.findfont(FONT)).get_charmap())
-
-
 def shown(text: str, limit: int = 26) -> str:
     """`text` with characters that the font lacks as names, cut in its middle to `limit` characters."""
-    whole = "".join(c if ord(c) in _glyphs() else _named(c) for c in text)
+    whole = with_glyphs(text)
     return whole if len(whole) <= limit else f"{whole[: limit * 2 // 3 - 1]}…{whole[-(limit // 3) :]}"
-
-
-def _named(character: str) -> str:
-    name = unicodedata.name(character, "").lower()
-    if "variation selector" in name:
-        return ""
-    return f"⟨{name}⟩" if 0 < len(name) <= 24 else f"⟨U+{ord(character):04X}⟩"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["BLACK", "BLUE", "FONT", "GREEN", "GREY", "ORANGE", "PURPLE", "SKY", "VERMILLION", "YELLOW"]
-__all__ += ["drawable", "empty_figure", "frame", "message_figure"]
+__all__ += ["drawable", "empty_figure", "frame", "message_figure", "with_glyphs"]
 
 BLACK, GREY = "#222222", "#8A8A8A"
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
@@ -76,7 +76,7 @@ def drawable(text: str, limit: int = 0) -> str:
     >>> drawable("ok 🌊")
     'ok :water wave:'
     """
-    parts = [_drawable(character) for character in text]
+    parts = [with_glyphs(character) for character in text]
     shown = "".join(parts)
     if limit and len(shown) > limit:
         shown, kept = "", parts
@@ -87,13 +87,18 @@ def drawable(text: str, limit: int = 0) -> str:
     return shown.replace("$", r"\$")
 
 
-def _drawable(character: str) -> str:
+def with_glyphs(text: str) -> str:
+    """Text with characters that the font lacks as their names, or as their codes where names are long."""
+    return "".join(map(_with_glyph, text))
+
+
+def _with_glyph(character: str) -> str:
     if character in _UNSEEN:
         return _UNSEEN[character]
     if ord(character) in _glyphs() or character in "\n ":
         return character
     name = unicodedata.name(character, "").lower()
-    return f":{name}:" if name else f"‹U+{ord(character):04X}›"
+    return f":{name}:" if 0 < len(name) <= 25 else f"‹U+{ord(character):04X}›"
 
 
 @functools.cache

@@ -243,7 +243,7 @@ def test_characters_without_a_glyph_are_named_and_nothing_is_read_as_mathematics
         figure = draw_graph(nested())
         figure.canvas.draw()
     written = " ".join(text.get_text() for text in texts(figure))
-    assert "⟨fox face⟩ $x$ ⟨U+5317⟩" in written
+    assert ":fox face: $x$ ‹U+5317›" in written
 
 
 def test_draw_writes_the_file_and_leaves_pyplot_alone(tmp_path):

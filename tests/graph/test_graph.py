@@ -26,7 +26,9 @@ NESTED = InterventionGraph(
 
 
 def test_a_name_used_twice_names_both_nodes() -> None:
-    with pytest.raises(GraphError, match=r"'a' is used twice, by Edit\('a'.*h\[0\].* and by Edit\('a'.*h\[1\]"):
+    with pytest.raises(
+        GraphError, match=r"'a' is used twice, by Edit\('a'.*h\[0\].* and by Edit\('a'.*h\[1\]"
+    ):
         InterventionGraph(scale("a"), scale("a", at="h[1].output"))
     with pytest.raises(GraphError, match=r"by Edit\('a'.* and by Source\(name='a'\)"):
         InterventionGraph(scale("a"), Source("a"))
@@ -106,7 +108,9 @@ def test_addition_refuses_two_edits_of_one_name_and_other_things() -> None:
 
 
 def test_selection_keeps_the_named_nodes_and_the_sources_they_need() -> None:
-    graph = InterventionGraph(Source("x"), Source("y"), swap("a", "x"), swap("b", "y"), scale("c"), Read("h[1].output", name="r"))
+    graph = InterventionGraph(
+        Source("x"), Source("y"), swap("a", "x"), swap("b", "y"), scale("c"), Read("h[1].output", name="r")
+    )
     assert [n.name for n in graph.select("a")] == ["x", "a"]
     assert [n.name for n in graph.select("c", "r")] == ["c", "r"]
     assert [n.name for n in graph.select("b", "a")] == ["x", "y", "a", "b"]

@@ -47,8 +47,16 @@ def test_names_are_identifiers(name: Any) -> None:
         ({"intervention": rl.Swap()}, InterventionError, "Swap needs source="),
         ({"source": Read(run="other")}, InterventionError, "Scale takes no source"),
         ({"intervention": rl.Add()}, InterventionError, "neither a value nor a source"),
-        ({"intervention": rl.Add(1.0), "source": Read(run="o")}, InterventionError, "both a value and a source"),
-        ({"intervention": rl.Swap(), "source": Read(run="o"), "phase": "both"}, GraphError, "use phase='prompt'"),
+        (
+            {"intervention": rl.Add(1.0), "source": Read(run="o")},
+            InterventionError,
+            "both a value and a source",
+        ),
+        (
+            {"intervention": rl.Swap(), "source": Read(run="o"), "phase": "both"},
+            GraphError,
+            "use phase='prompt'",
+        ),
         ({"phase": "decode", "positions": "last(2)"}, PositionError, "no meaning among generated tokens"),
     ],
 )
@@ -74,7 +82,9 @@ def test_strings_are_parsed_once_at_the_door() -> None:
     assert node.at == rl.parse_path("h[0].output")
     assert node.positions == rl.First(2) + rl.Last(1)
     assert node.view == View.of(features=slice(0, 4))
-    assert node == edit(positions=rl.First(2) + rl.Last(1), features=slice(0, 4), at=rl.parse_path("h[0].output"))
+    assert node == edit(
+        positions=rl.First(2) + rl.Last(1), features=slice(0, 4), at=rl.parse_path("h[0].output")
+    )
 
 
 def test_a_read_takes_its_positions_behind_an_at_sign() -> None:
@@ -97,7 +107,11 @@ def test_a_source_read_fills_in_the_edits_own_place() -> None:
     ).source_read
     assert (str(own.at), str(own.positions), own.run, own.heads) == ("h[1].output", "last", "other", (1,))
     partly = edit(
-        at="h[1].output", heads=[1], positions="last", intervention=rl.Swap(), source=Read("h[0].output", run="other")
+        at="h[1].output",
+        heads=[1],
+        positions="last",
+        intervention=rl.Swap(),
+        source=Read("h[0].output", run="other"),
     ).source_read
     assert (str(partly.at), str(partly.positions), partly.heads) == ("h[0].output", "last", None)
     assert edit().source_read is None
@@ -127,5 +141,8 @@ def test_nodes_print_as_they_are_written() -> None:
         "Edit('edit', at='h[0].output', positions=\"last\", intervention=Swap(), source=Read(run='other'), "
         "features 0:4, strength=0.5)"
     )
-    assert repr(Read("h[0].output @ last", run="other", name="r")) == "Read('h[0].output @ last', run='other', name='r')"
+    assert (
+        repr(Read("h[0].output @ last", run="other", name="r"))
+        == "Read('h[0].output @ last', run='other', name='r')"
+    )
     assert str(Source("other")) == "source other"

@@ -210,7 +210,9 @@ views = st.one_of(
     st.just({}),
     st.lists(st.integers(-9, 9), min_size=1, max_size=3, unique=True).map(lambda n: {"heads": n}),
     st.lists(st.integers(-9, 9), min_size=1, max_size=3, unique=True).map(lambda n: {"features": n}),
-    st.builds(slice, st.none() | st.integers(-9, 9), st.none() | st.integers(-9, 9)).map(lambda s: {"features": s}),
+    st.builds(slice, st.none() | st.integers(-9, 9), st.none() | st.integers(-9, 9)).map(
+        lambda s: {"features": s}
+    ),
 )
 interventions = st.one_of(
     st.builds(rl.LoReFT, st.integers(1, 9), scale=finite, dropout=st.floats(0, 1), bias=st.booleans()),
@@ -219,7 +221,9 @@ interventions = st.one_of(
     st.builds(rl.Add, st.lists(finite, min_size=1, max_size=4) | finite),
     st.builds(rl.Noise, st.floats(0, 9), st.integers()),
 )
-positions = st.sampled_from(["all", "last", "f2+l3", "[0, -1]"]) | st.text(min_size=1, max_size=9).map(rl.Span)
+positions = st.sampled_from(["all", "last", "f2+l3", "[0, -1]"]) | st.text(min_size=1, max_size=9).map(
+    rl.Span
+)
 
 
 @st.composite

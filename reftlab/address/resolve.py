@@ -53,10 +53,11 @@ class _Place:
 
 
 def resolve(path: SitePath, model: nn.Module) -> list[Site]:
-    """Find every place in `model` that a path names, in the order of the model's modules.
+    """Find every place in `model` that a path names, in the order in which it names them.
 
     Raises:
-        AddressError: a step does not exist; the message names the nearest things that do.
+        AddressError: a step does not exist, and the message names the nearest things that do; or
+            one place is named twice.
     """
     raw = translate(path, model)
     if raw.side is None:
@@ -69,6 +70,10 @@ def resolve(path: SitePath, model: nn.Module) -> list[Site]:
         if not found:
             _fail(path, places, step)
         places = found
+    names = [place.name for place in places]
+    for name in names:
+        if names.count(name) > 1:
+            raise AddressError(f"site path {str(path)!r} names {name} twice")
     return [Site(place.name, raw.side, raw.leaf, ",".join(place.label)) for place in places]
 
 

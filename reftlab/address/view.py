@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from reftlab.errors import AddressError
 
-__all__ = ["View"]
+__all__ = ["View", "head_size"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,9 @@ class View:
         if heads is not None and features is not None:
             raise AddressError("give heads= or features=, not both")
         if isinstance(features, slice):
+            bounds = (features.start, features.stop, features.step)
+            if not all(n is None or type(n) is int for n in bounds) or features.step == 0:
+                raise AddressError(f"features={features!r}: expected whole numbers and a step other than 0")
             return cls(feature_slice=(features.start, features.stop, features.step))
         return cls(_numbers("heads", heads), _numbers("features", features))
 
@@ -98,13 +101,25 @@ def head_size(model: nn.Module, module: str) -> int | None:
     names = module.split(".") if module else []
     for depth in range(len(names), 0, -1):
         owner = model.get_submodule(".".join(names[:depth]))
-        for attribute in ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim"):
-            size = getattr(owner, attribute, None)
-            if isinstance(size, int) and size > 0:
+        owners = [owner]
+        if "attention" in type(owner).__name__.lower():
+            # BERT's attention keeps the size one level down, beside the output projection.
+            owners += owner.children()
+        for candidate in owners:
+            size = _own_head_size(candidate)
+            if size is not None:
                 return size
-        count, width = getattr(owner, "num_heads", None), getattr(owner, "embed_dim", None)
-        if isinstance(count, int) and isinstance(width, int) and count > 0:
-            return width // count
+    return None
+
+
+def _own_head_size(module: nn.Module) -> int | None:
+    for attribute in ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim"):
+        size = getattr(module, attribute, None)
+        if isinstance(size, int) and size > 0:
+            return size
+    count, width = getattr(module, "num_heads", None), getattr(module, "embed_dim", None)
+    if isinstance(count, int) and isinstance(width, int) and count > 0:
+        return width // count
     return None
 
 

@@ -94,7 +94,7 @@ class Sheet:
         named = {name: measure(shown(name), 8.0, False) + 0.24 for name in (*axis.left, *axis.right)}
         blocks = len(axis.blocks) + len(axis.ends)
         spare = width - 0.6 - sum(named.values()) - 0.4 * axis.open
-        step = min(0.9 if blocks > 3 else 2.0, max(0.15, spare / max(1, blocks)))
+        step = min(0.9 if blocks > 3 else 3.2, max(0.15, spare / max(1, blocks)))
         if not blocks:
             named = {name: wide + min(1.5, spare / len(named)) for name, wide in named.items()}
         x, centre = 0.3, dict[Column, float]()

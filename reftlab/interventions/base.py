@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,7 @@ from reftlab.interventions.basis import OrthonormalBasis
 __all__ = ["Affine", "Intervention", "intervention_types"]
 
 _TYPES: dict[str, type[Intervention]] = {}
+_Own = TypeVar("_Own", bound="Intervention")
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Intervention(nn.Module):
         Raises:
             InterventionError: a subclass does not keep an argument under its own name.
         """
-        names = [n for n in inspect.signature(type(self).__init__).parameters if n != "self"]
+        names = list(_arguments(type(self)))
         missing = [name for name in names if not hasattr(self, name)]
         if missing:
             raise InterventionError(
@@ -87,7 +89,7 @@ class Intervention(nn.Module):
             )
         return {name: getattr(self, name) for name in names}
 
-    def build(self, width: int) -> Self:
+    def build(self: _Own, width: int) -> _Own:
         """Return a copy with fresh parameters for vectors of `width`; this one stays as it is."""
         built = type(self)(**self.config)
         built.width = width
@@ -107,7 +109,7 @@ class Intervention(nn.Module):
         """Compute ahead what the coming forward pass shares; the runtime calls it before each one."""
         for module in self.modules():
             if isinstance(module, OrthonormalBasis):
-                module()
+                module.start_pass()
 
     def check_source(self, given: bool) -> None:
         """Refuse an edit that lacks the source it needs, or has one that it would ignore.
@@ -130,7 +132,7 @@ class Intervention(nn.Module):
 
     def describe(self) -> str:
         """One short line, `LoReFT(rank=4)`: the arguments that differ from their defaults."""
-        defaults = inspect.signature(type(self).__init__).parameters
+        defaults = _arguments(type(self))
         shown = [
             f"{name}={_short(value)}"
             for name, value in self.config.items()
@@ -140,9 +142,13 @@ class Intervention(nn.Module):
 
     @property
     def formula(self) -> str:
-        """The formula, as the first indented line of the docstring states it."""
-        lines = (inspect.getdoc(type(self)) or "").splitlines()
-        return next((line.strip() for line in lines if line.startswith("    ")), "")
+        """The formula as the docstring states it: its first indented line, or second of two paragraphs."""
+        text = inspect.cleandoc(type(self).__doc__ or "")
+        indented = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+        paragraphs = text.split("\n\n")
+        # Where nothing follows the formula, it sets the docstring's margin and is no longer indented.
+        alone = len(paragraphs) == 2 and "\n" not in paragraphs[1]
+        return indented[0] if indented else paragraphs[1] if alone else ""
 
 
 def intervention_types() -> dict[str, type[Intervention]]:
@@ -183,10 +189,18 @@ def check_width(value: Tensor | None, argument: str, width: int) -> None:
 def number(value: Any, argument: str, low: float = -float("inf"), high: float = float("inf")) -> float:
     """Check that an argument is a number from `low` to `high` and return it as a float."""
     ok = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-    if not ok:
-        between = "" if low == -float("inf") else f" from {low:g}" + ("" if high == float("inf") else f" to {high:g}")
-        raise InterventionError(f"{argument}={value!r}: expected a number{between}")
+    if not ok or abs(value) > sys.float_info.max:
+        upper = "" if high == float("inf") else f" to {high:g}"
+        between = "" if low == -float("inf") else f" from {low:g}{upper}"
+        raise InterventionError(f"{argument}={value!r}: expected a finite number{between}")
     return float(value)
+
+
+def _arguments(kind: type[Intervention]) -> dict[str, inspect.Parameter]:
+    """The named arguments of a class's `__init__`; torch's own, where it has none, takes none by name."""
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(kind.__init__).parameters.items()
+    return {name: p for name, p in parameters if name != "self" and p.kind not in variable}
 
 
 def _short(value: Any) -> str:

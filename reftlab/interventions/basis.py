@@ -19,8 +19,8 @@ class OrthonormalBasis(nn.Module):
     The parameter `weight` is an unconstrained `(width, rank)` matrix; the basis is the Q of its
     reduced QR decomposition with the signs that make R's diagonal positive, in float32. It is
     computed once after each change of `weight`, however often it is asked for: the cache is
-    dropped when an optimiser writes to `weight`, when a backward pass has used it up, and when a
-    gradient is asked for that the cached value does not carry.
+    dropped when an optimiser writes to `weight`, when a backward pass has used it up or another
+    pass that tracks gradients starts, and when a gradient is asked for that it does not carry.
 
     Args:
         width: dimension of the space.
@@ -47,7 +47,8 @@ class OrthonormalBasis(nn.Module):
     def forward(self) -> Float[Tensor, "width rank"]:
         """The basis, one direction a column."""
         wants_grad = torch.is_grad_enabled() and self.weight.requires_grad
-        state = (self.weight.data_ptr(), self.weight._version, self.weight.dtype, wants_grad)
+        mode = (wants_grad, torch.is_inference_mode_enabled())
+        state = (self.weight.data_ptr(), self.weight._version, self.weight.dtype, *mode)
         if self._cached is None or self._cached[0] != state:
             basis = _orthonormalise(self.weight)
             self.computed += 1
@@ -55,6 +56,12 @@ class OrthonormalBasis(nn.Module):
                 basis.register_hook(self._forget)
             self._cached = (state, basis)
         return self._cached[1]
+
+    def start_pass(self) -> None:
+        """Compute the basis for the coming forward pass, so that its backward pass is its own."""
+        if self._cached is not None and self._cached[1].requires_grad:
+            self._cached = None
+        self()
 
     def _forget(self, gradient: Tensor) -> None:
         self._cached = None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from reftlab.address import All, Position, Site, SitePath, View, head_size, resolve
 from reftlab.errors import AddressError, BindError, ReftlabError
-from reftlab.graph import Edit, InterventionGraph, Read
+from reftlab.graph import BASE, Edit, InterventionGraph, Read
 from reftlab.runtime.scan import SiteFacts, scan
 
 __all__ = ["BoundEdit", "BoundRead", "bind_nodes", "bind_reads"]
@@ -69,6 +69,7 @@ def bind_nodes(
         AddressError: a path or view that the model does not have.
         BindError: a site that does not fit, or a read taken after the edit that needs it.
     """
+    _check_runs(graph)
     edit_sites = {edit.name: _sites(edit.at, model, f"edit {edit.name!r}") for edit in graph.edits}
     source_sites = {
         edit.name: _source_sites(edit, edit_sites[edit.name], model)
@@ -174,6 +175,22 @@ def _place(
     except ReftlabError as error:
         raise type(error)(f"{who}: {error}") from error
     return fact.order, fact.width if index is None else len(index), index
+
+
+def _check_runs(graph: InterventionGraph) -> None:
+    read = {edit.source.run for edit in graph.edits if edit.source is not None} | {r.run for r in graph.reads}
+    for edit in graph.edits:
+        if edit.run != BASE and edit.run not in read:
+            raise BindError(
+                f"edit {edit.name!r} acts in run {edit.run!r}, and nothing reads that run; leave the edit "
+                f"out, or read from it with source=Read(run={edit.run!r})"
+            )
+        source = edit.source_read
+        if source is not None and source.run == BASE != edit.run:
+            raise BindError(
+                f"edit {edit.name!r} in run {edit.run!r} reads from the base run, which is computed last; "
+                "give the same inputs to a source and read from that"
+            )
 
 
 def _check_source(bound: BoundEdit) -> None:

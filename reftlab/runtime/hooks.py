@@ -13,7 +13,7 @@ thrown away.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ from reftlab.errors import RunError
 
 __all__ = ["OwnedHooks", "StopForward"]
 
-OnInput = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+OnInput = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Arguments | None]
 OnOutput = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 
 
@@ -65,8 +66,20 @@ class OwnedHooks:
             if self._mark is None:
                 self._mark = _Mark()
                 weakref.finalize(self._mark, _remove, self.handles)
-            return _Marked.apply(value, self._mark)  # type: ignore[no-any-return]
+            if torch.is_grad_enabled():
+                return _Marked.apply(value, self._mark)  # type: ignore[no-any-return]
         return value
+
+    def hold(self, output: Any) -> None:
+        """Tie hooks that must linger to the autograd graph of what the call returned.
+
+        Inside a checkpoint of the reentrant kind there is no graph that an edited tensor could be
+        tied to; the graph of the whole output lives as long as its backward pass may come.
+        """
+        if self._mark is not None:
+            for tensor in _tensors(output):
+                if tensor.grad_fn is not None:
+                    tensor.grad_fn.metadata.setdefault("reftlab", []).append(self._mark)
 
     def __enter__(self) -> OwnedHooks:
         return self
@@ -114,6 +127,14 @@ class _Marked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return gradients[0], None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | tuple | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

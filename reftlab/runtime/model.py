@@ -21,7 +21,7 @@ from reftlab.runtime.bind import BoundEdit, BoundRead, bind_nodes, bind_reads
 from reftlab.runtime.hooks import StopForward
 from reftlab.runtime.reading import Reading, ReadValues
 from reftlab.runtime.run import Run
-from reftlab.runtime.window import Layout
+from reftlab.runtime.window import Layout, Selection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +31,19 @@ if TYPE_CHECKING:
 __all__ = ["BoundModel"]
 
 Vectors = dict[str, tuple[Tensor, list[int]]]
+
+
+class Interventions(nn.ModuleDict):
+    """Built interventions by name; unlike its base it takes names of its own methods, `values` or `train`."""
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        self._modules[key] = module
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "training":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
 
 class BoundModel(nn.Module):
@@ -74,10 +87,8 @@ class BoundModel(nn.Module):
         self.graph, self.model, self.tokenizer = graph, model, tokenizer
         self._example = example
         self._bound_edits, self._bound_reads = bind_nodes(graph, model, example)
-        self.interventions = nn.ModuleDict(
-            {bound.key: self._built(bound) for bound in self._bound_edits}
-        )
-        self.training = model.training
+        self.interventions = Interventions({bound.key: self._built(bound) for bound in self._bound_edits})
+        self.training = self.interventions.training = model.training
         self.facts: dict[str, Any] = {}
         self._disabled: frozenset[str] = frozenset()
         self._caches: weakref.WeakKeyDictionary[Any, Layout] = weakref.WeakKeyDictionary()
@@ -124,9 +135,10 @@ class BoundModel(nn.Module):
         named = self._named(args, kwargs)
         layout = self._layout(named, prompt)
         run = self._run(BASE, layout, vectors)
+        continues = prompt is not None or _past_length(named) > 0
         output = self._call(run, self.model, args, kwargs)
         self._remember_cache(output, layout)
-        self._check_touched(run, named)
+        self._check_touched(run, continues)
         return output
 
     def generate(
@@ -160,7 +172,8 @@ class BoundModel(nn.Module):
         if layout is None:
             raise RunError("generate needs input_ids or inputs_embeds, (row, token)")
         run = self._run(BASE, layout, vectors)
-        output = self._call(run, self.model.generate, args, kwargs)
+        with torch.no_grad():
+            output = self._call(run, self.model.generate, args, kwargs)
         for bound in run.edits:
             if run.touched[bound.key] == 0 and bound.edit.phase != "decode":
                 raise RunError(
@@ -182,7 +195,7 @@ class BoundModel(nn.Module):
 
         Args:
             *reads: sites such as `"blocks[5].output"`, `"blocks[5].output @ last"`, or `Read`
-                objects; without any, the graph's own reads of the base run.
+                objects; without any, the graph's own reads, those in source runs included.
             positions: positions for those that name none.
             sources, prompt: as for `forward`.
             grad: whether the vectors carry gradients.
@@ -198,14 +211,19 @@ class BoundModel(nn.Module):
         if not wanted:
             raise RunError("nothing to read: name sites, as in reft.read('blocks[5].output @ last', **inputs)")
         layout = self._layout(inputs, prompt)
-        with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-            run = self._run(BASE, layout, self._run_sources(sources), wanted, stop_early=True)
-            self._call(run, self.model, (), inputs)
-        missing = [read.label for read in wanted if read.label not in run.results]
+        there, here = [[r for r in wanted if (r.run == BASE) is base] for base in (False, True)]
+        results: dict[str, tuple[Tensor, Selection]] = {}
+        vectors = self._run_sources(sources, tuple(there), results)
+        if here:
+            with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+                run = self._run(BASE, layout, vectors, tuple(here), stop_early=True)
+                self._call(run, self.model, (), inputs)
+            results.update(run.results)
+        missing = [read.label for read in wanted if read.label not in results]
         if missing:
             raise RunError(f"{missing[0]!r} was not reached in this forward pass")
-        rows = layout.rows if layout is not None else max(int(s.rows.max()) + 1 for _, s in run.results.values())
-        return Reading({k: ReadValues.of(v, s) for k, (v, s) in run.results.items()}, rows)
+        rows = layout.rows if layout is not None else max(int(s.rows.max()) + 1 for _, s in results.values())
+        return Reading({read.label: ReadValues.of(*results[read.label]) for read in wanted}, rows)
 
     @contextlib.contextmanager
     def disabled(self, *names: str) -> Iterator[BoundModel]:
@@ -282,11 +300,16 @@ class BoundModel(nn.Module):
 
     def _bound(self, reads: tuple[str | Read, ...], positions: Any) -> tuple[BoundRead, ...]:
         if not reads:
-            return tuple(read for read in self._bound_reads if read.run == BASE)
-        nodes = tuple(r if isinstance(r, Read) else Read(r, None if "@" in r else positions) for r in reads)
+            return self._bound_reads
+        nodes = tuple(dict.fromkeys(_placed(read, positions) for read in reads))
+        labels = [node.label for node in nodes]
         for node in nodes:
             if node.run != BASE:
                 raise RunError(f"{node!r}: only the base run is read here; put it in the graph instead")
+            if labels.count(node.label) > 1:
+                raise RunError(
+                    f"several reads are called {node.label!r}; give them names, Read(..., name='a')"
+                )
         if nodes not in self._ad_hoc:
             self._ad_hoc[nodes] = bind_reads(list(nodes), self.model, self._example)
         return self._ad_hoc[nodes]
@@ -304,8 +327,17 @@ class BoundModel(nn.Module):
             self.model, edits, reads, self.interventions, layout, self.tokenizer, vectors, stop_early
         )
 
-    def _run_sources(self, sources: Mapping[str, Mapping[str, Any]] | None) -> Vectors:
-        """Run every source that an active edit needs and return the vectors read there."""
+    def _run_sources(
+        self,
+        sources: Mapping[str, Mapping[str, Any]] | None,
+        wanted: tuple[BoundRead, ...] = (),
+        results: dict[str, tuple[Tensor, Selection]] | None = None,
+    ) -> Vectors:
+        """Run every source that an active edit or a wanted read needs.
+
+        Returns:
+            The vectors read there for edits; those of `wanted` are put in `results`.
+        """
         given = dict(sources or {})
         for name in given:
             if name not in self.graph.sources:
@@ -316,20 +348,25 @@ class BoundModel(nn.Module):
         vectors: Vectors = {}
         active = self._active_edits()
         for name in self.graph.run_order[:-1]:
-            reads = tuple(b.source for b in active if b.source is not None and b.source.run == name)
+            feeding = tuple(b.source for b in active if b.source is not None and b.source.run == name)
+            reads = (*feeding, *(read for read in wanted if read.run == name))
             if not reads:
                 continue
             if name not in given:
-                users = [b.edit.name for b in active if b.source is not None and b.source.run == name]
+                users = [f"edit {b.edit.name!r}" for b in active if b.source in feeding]
+                users += [f"read {read.label!r}" for read in wanted if read.run == name]
                 raise RunError(
-                    f"edit {users[0]!r} reads from run {name!r}, and no inputs were given for it; call with "
+                    f"{users[0]} reads from run {name!r}, and no inputs were given for it; call with "
                     f"sources={{{name!r}: tokenizer(...)}}"
                 )
             inputs = dict(given[name])
             with torch.no_grad():
                 run = self._run(name, self._layout(inputs, None), vectors, reads, stop_early=True)
                 self._call(run, self.model, (), inputs)
-            vectors.update({read.label: run.vectors[read.label] for read in reads if read.label in run.vectors})
+            labels = [read.label for read in feeding]
+            vectors.update({label: run.vectors[label] for label in labels if label in run.vectors})
+            if results is not None:
+                results.update({k: v for k, v in run.results.items() if k not in labels})
         return vectors
 
     def _call(self, run: Run, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -340,9 +377,11 @@ class BoundModel(nn.Module):
         with run.hooks() as hooks:
             hooks.on_input(self.model, self._window_mover(run), first=True)
             try:
-                return call(*args, **kwargs)
+                output = call(*args, **kwargs)
             except StopForward:
                 return None
+            hooks.hold(output)
+            return output
 
     def _window_mover(self, run: Run) -> Any:
         """A hook that tells the run, before each pass of the model, which columns it covers."""
@@ -379,12 +418,10 @@ class BoundModel(nn.Module):
         if layout is not None and hasattr(cache, "get_seq_length") and cache not in self._caches:
             self._caches[cache] = replace(layout, open=True)
 
-    def _check_touched(self, run: Run, named: Mapping[str, Any]) -> None:
-        """Say so where a pass from the first token on left an edit out."""
-        if _past_length(named):
-            return
+    def _check_touched(self, run: Run, continues: bool) -> None:
+        """Say so where a pass left an edit out, other than a pass over a part that lacks its tokens."""
         for bound in run.edits:
-            if run.touched[bound.key]:
+            if run.touched[bound.key] or (continues and not run.expects(bound)):
                 continue
             if bound.edit.phase != "decode":
                 raise RunError(f"edit {bound.key!r} touched no token: {bound.site} did not run in this call")
@@ -408,6 +445,12 @@ class BoundModel(nn.Module):
         if pad is None or pad in ends or not bool((ids == pad).any()):
             return torch.ones_like(ids)
         return (ids != pad).long()
+
+
+def _placed(read: str | Read, positions: Any) -> Read:
+    """A read as an object, at the shared positions where it names none."""
+    node = Read(read) if isinstance(read, str) else read
+    return node if node.positions is not None or positions is None else node.with_positions(positions)
 
 
 def _tokens(named: Mapping[str, Any]) -> Tensor | None:

@@ -57,7 +57,7 @@ class Run:
         model: nn.Module,
         edits: tuple[BoundEdit, ...],
         reads: tuple[BoundRead, ...],
-        interventions: Mapping[str, nn.Module],
+        interventions: nn.ModuleDict,
         layout: Layout | None,
         tokenizer: PreTrainedTokenizerBase | None,
         vectors: Mapping[str, tuple[Tensor, list[int]]],
@@ -83,8 +83,9 @@ class Run:
         groups: dict[Any, list[BoundEdit | BoundRead]] = {}
         for node in nodes:
             groups.setdefault((node.site.module, node.site.side), []).append(node)
+        targets = {module: self.model.get_submodule(module) for module, _ in groups}
         for (module, side), group in groups.items():
-            target = self.model.get_submodule(module)
+            target = targets[module]
             if side == "output":
                 owned.on_output(target, self._on_output(group, owned))
             else:
@@ -124,6 +125,10 @@ class Run:
     def _maybe_stop(self) -> None:
         if self._stop_early and not self._missing:
             raise StopForward
+
+    def expects(self, node: BoundEdit) -> bool:
+        """Whether this pass covers a token that the edit chooses."""
+        return self.frame is None or len(self._in_window(node, self.frame)[0]) > 0
 
     def _visit(self, node: BoundEdit | BoundRead, tensor: Tensor, owned: OwnedHooks) -> Tensor | None:
         """Carry out a node on its site's tensor; the new tensor, or None where nothing changes."""

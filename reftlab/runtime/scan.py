@@ -111,6 +111,10 @@ def skeleton(model: nn.Module) -> nn.Module:
         module._forward_hooks_with_kwargs.clear()
         module._forward_pre_hooks_with_kwargs.clear()
         module._forward_hooks_always_called.clear()
+    config = getattr(shapes, "config", None)
+    if getattr(config, "pad_token_id", None) is not None:
+        # GPT-2 and others look for padding among the ids to warn of it, and here ids have no values.
+        config.pad_token_id = None
     return shapes
 
 

@@ -23,7 +23,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "reftlab.errors": (
         "AddressError", "ArtifactError", "BindError", "ConfigError", "DataError", "GraphError",
-        "InterventionError", "ModelError", "PositionError", "ReftlabError", "RunError", "UntouchedEditWarning",
+        "InterventionError", "ModelError", "PositionError", "ReftlabError", "RunError",
+        "UntouchedEditWarning",
     ),
     "reftlab.address": (
         "After", "All", "First", "Indices", "Last", "Position", "Span", "Token", "Union",

@@ -35,10 +35,10 @@ def _model(family: str) -> PreTrainedModel:
 
 def pytest_configure(config: pytest.Config) -> None:
     # beartype looks at random items of a list, inside strategies too.
+    config.addinivalue_line("filterwarnings", "ignore::hypothesis.errors.HypothesisDeprecationWarning")
     config.addinivalue_line(
-        "filterwarnings", "ignore::hypothesis.errors.HypothesisDeprecationWarning"
+        "filterwarnings", "ignore:.*is deprecated and will be removed in v6:FutureWarning"
     )
-    config.addinivalue_line("filterwarnings", "ignore:.*is deprecated and will be removed in v6:FutureWarning")
 
 
 @pytest.fixture(autouse=True)

@@ -101,7 +101,33 @@ def hook_count(model: torch.nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-WORDS = ["the", "Eiffel", "Tower", "is", "in", "Paris", "and", "London", "John", "Mary", "gave", "a", "book", "to", "friend", "said", "Question", "Answer", ":", ".", "where", "what", "who", "cat", "dog"]
+WORDS = [
+    "the",
+    "Eiffel",
+    "Tower",
+    "is",
+    "in",
+    "Paris",
+    "and",
+    "London",
+    "John",
+    "Mary",
+    "gave",
+    "a",
+    "book",
+    "to",
+    "friend",
+    "said",
+    "Question",
+    "Answer",
+    ":",
+    ".",
+    "where",
+    "what",
+    "who",
+    "cat",
+    "dog",
+]
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

@@ -20,6 +20,7 @@ its meaning.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -91,9 +92,7 @@ def family_of(model: nn.Module) -> Family | None:
 def is_alias(path: SitePath, model: nn.Module) -> bool:
     """Whether the path begins with an alias that no module of the model hides."""
     first = path.steps[0] if path.steps else None
-    return (
-        isinstance(first, Child) and first.name in ALIASES and not hasattr(model, first.name)
-    )
+    return isinstance(first, Child) and first.name in ALIASES and not hasattr(model, first.name)
 
 
 def translate(path: SitePath, model: nn.Module) -> SitePath:
@@ -173,7 +172,8 @@ def _backbone(model: nn.Module) -> str:
 
 
 def _output_embeddings(model: nn.Module) -> nn.Module | None:
-    found = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    getter: Any = getattr(model, "get_output_embeddings", lambda: None)
+    found = getter()
     return found if isinstance(found, nn.Module) else None
 
 
@@ -185,5 +185,3 @@ def _unembedding(model: nn.Module, path: SitePath) -> tuple[Step, ...]:
     raise AddressError(
         f"{str(path)!r}: {type(model).__name__} has no unembedding; load it with its language-model head"
     )
-
-

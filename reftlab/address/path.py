@@ -105,9 +105,7 @@ def parse_path(text: str | SitePath) -> SitePath:
     if isinstance(text, SitePath):
         return text
     if not isinstance(text, str):
-        raise AddressError(
-            f"a site path must be a string such as 'model.layers[15].output', not {text!r}"
-        )
+        raise AddressError(f"a site path must be a string such as 'model.layers[15].output', not {text!r}")
     scanner = Scanner(text, "site path", AddressError)
     steps: list[Step] = []
     while True:

@@ -63,9 +63,7 @@ class Prompt:
                 f"a position that looks at text needs {missing}: bind with graph.bind(model, tokenizer) "
                 "and call with input_ids"
             )
-        return str(
-            self.tokenizer.decode(list(self.ids[start:stop]), clean_up_tokenization_spaces=False)
-        )
+        return str(self.tokenizer.decode(list(self.ids[start:stop]), clean_up_tokenization_spaces=False))
 
 
 class Position:
@@ -223,9 +221,7 @@ class _Text(Position):
             normal = str(prompt.tokenizer.decode(ids, clean_up_tokenization_spaces=False)).strip()
             text = normal if normal else text
         number = self._pick(whole.count(text), prompt, repr(text))
-        stop = _first_true(
-            1, prompt.length, lambda end: prompt.text(0, end).count(text) >= number
-        )
+        stop = _first_true(1, prompt.length, lambda end: prompt.text(0, end).count(text) >= number)
         late = _first_true(0, stop - 1, lambda begin: text not in prompt.text(begin + 1, stop))
         return late, stop
 
@@ -255,7 +251,8 @@ class Token(_Text):
 
     def select(self, prompt: Prompt) -> Tensor:
         prompt.text(0, 0)
-        assert prompt.tokenizer is not None and prompt.ids is not None
+        assert prompt.tokenizer is not None
+        assert prompt.ids is not None
         ids = prompt.tokenizer(self.text, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
             raise PositionError(
@@ -305,9 +302,7 @@ def parse_position(value: Position | str | int | Sequence[int]) -> Position:
     if isinstance(value, list | tuple):
         return Indices(tuple(value))
     if not isinstance(value, str):
-        raise PositionError(
-            f"positions must be a string such as 'last' or a list of numbers, not {value!r}"
-        )
+        raise PositionError(f"positions must be a string such as 'last' or a list of numbers, not {value!r}")
     scanner = Scanner(value, "positions", PositionError)
     terms = [_term(scanner)]
     while scanner.take("+"):

@@ -61,9 +61,7 @@ def resolve(path: SitePath, model: nn.Module) -> list[Site]:
     """
     raw = translate(path, model)
     if raw.side is None:
-        raise AddressError(
-            f"site path {str(path)!r} ends at a module; add '.output' or '.input'"
-        )
+        raise AddressError(f"site path {str(path)!r} ends at a module; add '.output' or '.input'")
     places = [_Place(model)]
     for step in raw.steps:
         found = [inner for place in places for inner in _follow(place, step)]

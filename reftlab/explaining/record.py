@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from reftlab.runtime import BoundModel
     from reftlab.runtime.bind import BoundEdit
 
-__all__ = ["Recorded", "Recorder", "record"]
+__all__ = ["Recorded", "record"]
 
 
-class Recorder(Intervention):
+class _Recorder(Intervention):
     """Stands in the place of a built intervention, does what it does, and keeps what passes.
 
     It also runs what was not made for it: edits that count positions and plain modules.
@@ -51,7 +51,7 @@ class Recorder(Intervention):
 class Recording:
     """The recorders of all edits; `take` after each forward call, `vectors` when all are done."""
 
-    def __init__(self, reft: BoundModel, recorders: dict[str, Recorder]) -> None:
+    def __init__(self, reft: BoundModel, recorders: dict[str, _Recorder]) -> None:
         self.reft, self.recorders = reft, recorders
         self._parts: dict[str, list[tuple[Any, ...]]] = {key: [] for key in recorders}
 
@@ -83,7 +83,7 @@ def recording(reft: BoundModel) -> Iterator[Recording]:
     with contextlib.ExitStack() as stack:
         recorders = {}
         for bound in reft.edits:
-            recorders[bound.key] = Recorder(reft.interventions[bound.key]).eval()
+            recorders[bound.key] = _Recorder(reft.interventions[bound.key]).eval()
             stack.enter_context(reft.replaced(bound.key, recorders[bound.key]))
         yield Recording(reft, recorders)
 

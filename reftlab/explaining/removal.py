@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from reftlab.explaining.loss import AnswerLoss
     from reftlab.runtime import BoundModel
 
-__all__ = ["Removal", "Removed", "Without", "removals"]
+__all__ = ["Removal", "Removed", "removals"]
 
 What = Literal["edit", "direction", "random"]
 
@@ -115,7 +115,7 @@ class Removal:
         )
 
 
-class Without(Intervention):
+class _Without(Intervention):
     """A built intervention with directions projected out of what it writes, or without all it writes.
 
         h + (I − UᵀU) (edit(h) − h)
@@ -207,6 +207,6 @@ def removals(
 
 @contextlib.contextmanager
 def _without(reft: BoundModel, key: str, out: Tensor | None) -> Iterator[None]:
-    stand_in = Without(reft.interventions[key], out).eval()
+    stand_in = _Without(reft.interventions[key], out).eval()
     with reft.replaced(key, stand_in):
         yield

@@ -121,19 +121,17 @@ class InterventionGraph:
         """
         if not isinstance(other, InterventionGraph):
             return NotImplemented
-        new = [
-            node
-            for node in other.nodes
-            if not (isinstance(node, Source) and node in self.nodes)
-        ]
+        new = [node for node in other.nodes if not (isinstance(node, Source) and node in self.nodes)]
         return InterventionGraph(*self.nodes, *new)
 
     def __getitem__(self, name: str) -> Edit | Read | Source:
         for node in self.nodes:
             if name in (node.name, getattr(node, "label", None)):
                 return node
-        raise GraphError(f"the graph has no node {name!r}; it has {self._names_text()}."
-                         + did_you_mean(name, self._names()))
+        raise GraphError(
+            f"the graph has no node {name!r}; it has {self._names_text()}."
+            + did_you_mean(name, self._names())
+        )
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes)

@@ -278,9 +278,7 @@ def renamed(node: Node, names: dict[str, str]) -> Node:
     source = node.source
     if source is not None:
         source = replace_read(source, run=names.get(source.run, source.run))
-    return node._with(
-        name=names.get(node.name, node.name), run=names.get(node.run, node.run), source=source
-    )
+    return node._with(name=names.get(node.name, node.name), run=names.get(node.run, node.run), source=source)
 
 
 def replace_read(read: Read, **changes: Any) -> Read:

@@ -238,5 +238,3 @@ def write(text: str, path: str | Path | None) -> str:
 
 def _text(text: str | Path) -> str:
     return text.read_text(encoding="utf-8") if isinstance(text, Path) else text
-
-

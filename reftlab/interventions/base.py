@@ -167,9 +167,7 @@ def as_vector(value: Any, argument: str) -> Tensor | None:
     try:
         tensor = torch.as_tensor(value).detach().to(torch.float32).clone()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InterventionError(
-            f"{argument}={value!r}: expected a number or a vector of numbers"
-        ) from error
+        raise InterventionError(f"{argument}={value!r}: expected a number or a vector of numbers") from error
     if tensor.dim() > 1 or not torch.isfinite(tensor).all():
         raise InterventionError(
             f"{argument} must be a number or a vector (width,) of finite numbers, "
@@ -181,9 +179,7 @@ def as_vector(value: Any, argument: str) -> Tensor | None:
 def check_width(value: Tensor | None, argument: str, width: int) -> None:
     """Refuse a vector that is not as long as the site is wide."""
     if value is not None and value.dim() == 1 and value.shape[0] != width:
-        raise InterventionError(
-            f"{argument} has {value.shape[0]} numbers, the vectors here have {width}"
-        )
+        raise InterventionError(f"{argument} has {value.shape[0]} numbers, the vectors here have {width}")
 
 
 def number(value: Any, argument: str, low: float = -float("inf"), high: float = float("inf")) -> float:

@@ -41,7 +41,7 @@ class Swap(Intervention):
 class Zero(Intervention):
     """Replace the vector by zeros: zero ablation.
 
-        0
+    0
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Zero(Intervention):
 class Scale(Intervention):
     """Multiply the vector by a number.
 
-        factor · h
+    factor · h
     """
 
     def __init__(self, factor: float) -> None:
@@ -81,6 +81,7 @@ class _WithVector(Intervention):
     """What edits with a fixed vector share; the vector travels with `.to` and is saved."""
 
     takes_source = "optional"
+    value: Tensor | None
 
     def __init__(self, value: Vector | None = None) -> None:
         super().__init__()
@@ -98,6 +99,7 @@ class _WithVector(Intervention):
         """The source where there is one, else the fixed vector."""
         if source is not None:
             return source
+        assert self.value is not None
         return self.value.float()
 
     @property
@@ -109,9 +111,7 @@ class _WithVector(Intervention):
         if self._sign is None or self.value is None:
             return None
         constant = self._sign * self.value.float().expand(self.width or 0)
-        return Affine(
-            constant.new_zeros(len(constant), 0), constant.new_zeros(0, len(constant)), constant
-        )
+        return Affine(constant.new_zeros(len(constant), 0), constant.new_zeros(0, len(constant)), constant)
 
 
 class Add(_WithVector):
@@ -165,7 +165,7 @@ class Mean(_WithVector):
     def forward(
         self, base: Float[Tensor, "n width"], source: Float[Tensor, "n width"] | None = None
     ) -> Float[Tensor, "n width"]:
-        mean = self.value.float() if source is None else source.mean(0)
+        mean = self._vectors(None) if source is None else source.mean(0)
         return mean.expand_as(base)
 
     def affine(self) -> Affine | None:

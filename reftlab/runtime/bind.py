@@ -13,7 +13,7 @@ from reftlab.errors import AddressError, BindError, ReftlabError
 from reftlab.graph import BASE, Edit, InterventionGraph, Read
 from reftlab.runtime.scan import SiteFacts, scan
 
-__all__ = ["BoundEdit", "BoundRead", "bind_nodes", "bind_reads"]
+__all__ = ["BoundEdit", "BoundRead", "Interventions", "bind_nodes", "bind_reads"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +58,19 @@ class BoundEdit:
     width: int
     index: Tensor | None
     source: BoundRead | None
+
+
+class Interventions(nn.ModuleDict):
+    """Built interventions by name; unlike its base it takes names of its own methods, `values` or `train`."""
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        self._modules[key] = module
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "training":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
 
 def bind_nodes(
@@ -160,8 +173,7 @@ def _place(
         )
     if len(fact.shape) not in (2, 3):
         raise BindError(
-            f"{who}: {site} has shape {fact.shape}; reftlab acts on (row, feature) and "
-            "(row, token, feature)"
+            f"{who}: {site} has shape {fact.shape}; reftlab acts on (row, feature) and (row, token, feature)"
         )
     if len(fact.shape) == 2 and positions != All():
         raise BindError(

@@ -67,7 +67,7 @@ class OwnedHooks:
                 self._mark = _Mark()
                 weakref.finalize(self._mark, _remove, self.handles)
             if torch.is_grad_enabled():
-                return _Marked.apply(value, self._mark)  # type: ignore[no-any-return]
+                return _Marked.apply(value, self._mark)
         return value
 
     def hold(self, output: Any) -> None:
@@ -79,7 +79,8 @@ class OwnedHooks:
         if self._mark is not None:
             for tensor in _tensors(output):
                 if tensor.grad_fn is not None:
-                    tensor.grad_fn.metadata.setdefault("reftlab", []).append(self._mark)
+                    metadata: Any = tensor.grad_fn.metadata
+                    metadata.setdefault("reftlab", []).append(self._mark)
 
     def __enter__(self) -> OwnedHooks:
         return self

@@ -34,7 +34,9 @@ def put_output(value: Any, keys: Keys, new: Tensor, site: str) -> Any:
     return _replaced(value, keys or _main_key(value, site), new, site)
 
 
-def get_input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], keys: Keys, site: str) -> Tensor:
+def get_input(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], keys: Keys, site: str
+) -> Tensor:
     """The tensor at `keys` among a module's arguments, or its first one where there are none."""
     where, rest = _argument(module, args, kwargs, keys, site)
     value = args[where] if isinstance(where, int) else kwargs[where]
@@ -88,7 +90,9 @@ def _main_key(value: Any, site: str) -> Keys:
         named = [key for key in _MAIN_FIELDS if key in tensors]
         if named or len(tensors) == 1:
             return ((named or tensors)[0],)
-        raise RunError(f"{site}: say which of {', '.join(map(str, value))}, as in '{site}.{next(iter(value), '')}'")
+        raise RunError(
+            f"{site}: say which of {', '.join(map(str, value))}, as in '{site}.{next(iter(value), '')}'"
+        )
     if isinstance(value, tuple | list) and value and isinstance(value[0], Tensor):
         return (0,)
     raise RunError(f"{site}: the module returned {type(value).__name__}, in which no tensor comes first")

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import warnings
-import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +14,8 @@ from torch import Tensor, nn
 from reftlab.errors import BindError, RunError, UntouchedEditWarning, did_you_mean
 from reftlab.graph import BASE, InterventionGraph, Read
 from reftlab.interventions import Intervention
-from reftlab.runtime.bind import BoundEdit, BoundRead, bind_nodes, bind_reads
+from reftlab.runtime.bind import BoundEdit, BoundRead, Interventions, bind_nodes, bind_reads
+from reftlab.runtime.calls import Calls, past_length
 from reftlab.runtime.hooks import StopForward
 from reftlab.runtime.reading import Reading, ReadValues
 from reftlab.runtime.run import Run
@@ -31,19 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["BoundModel"]
 
 Vectors = dict[str, tuple[Tensor, list[int]]]
-
-
-class Interventions(nn.ModuleDict):
-    """Built interventions by name; unlike its base it takes names of its own methods, `values` or `train`."""
-
-    def __setitem__(self, key: str, module: nn.Module) -> None:
-        self._modules[key] = module
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "training":
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
 
 
 class BoundModel(nn.Module):
@@ -71,6 +56,8 @@ class BoundModel(nn.Module):
         BindError: a site or a source that does not fit.
     """
 
+    model: Any
+
     def __init__(
         self,
         graph: InterventionGraph,
@@ -91,7 +78,7 @@ class BoundModel(nn.Module):
         self.training = self.interventions.training = model.training
         self.facts: dict[str, Any] = {}
         self._disabled: frozenset[str] = frozenset()
-        self._caches: weakref.WeakKeyDictionary[Any, Layout] = weakref.WeakKeyDictionary()
+        self._calls = Calls(model)
         self._ad_hoc: dict[tuple[Read, ...], tuple[BoundRead, ...]] = {}
 
     @property
@@ -132,12 +119,12 @@ class BoundModel(nn.Module):
         if not self._active_edits() and not sources:
             return self.model(*args, **kwargs)
         vectors = self._run_sources(sources)
-        named = self._named(args, kwargs)
-        layout = self._layout(named, prompt)
+        named = self._calls.named(args, kwargs)
+        layout = self._calls.layout(named, prompt)
         run = self._run(BASE, layout, vectors)
-        continues = prompt is not None or _past_length(named) > 0
+        continues = prompt is not None or past_length(named) > 0
         output = self._call(run, self.model, args, kwargs)
-        self._remember_cache(output, layout)
+        self._calls.remember(output, layout)
         self._check_touched(run, continues)
         return output
 
@@ -165,7 +152,7 @@ class BoundModel(nn.Module):
         if "inputs" in named:
             named["input_ids"] = named.pop("inputs")
         if named.get("attention_mask") is None and isinstance(named.get("input_ids"), Tensor):
-            kwargs["attention_mask"] = named["attention_mask"] = self._inferred_mask(named["input_ids"])
+            kwargs["attention_mask"] = named["attention_mask"] = self._calls.mask_of(named["input_ids"])
         # A compiled decoding step would be traced once and keep the edits of its first token.
         kwargs.setdefault("disable_compile", True)
         layout = Layout.of(named, causal=False, open=True)
@@ -209,8 +196,10 @@ class BoundModel(nn.Module):
         """
         wanted = self._bound(reads, positions)
         if not wanted:
-            raise RunError("nothing to read: name sites, as in reft.read('blocks[5].output @ last', **inputs)")
-        layout = self._layout(inputs, prompt)
+            raise RunError(
+                "nothing to read: name sites, as in reft.read('blocks[5].output @ last', **inputs)"
+            )
+        layout = self._calls.layout(inputs, prompt)
         there, here = [[r for r in wanted if (r.run == BASE) is base] for base in (False, True)]
         results: dict[str, tuple[Tensor, Selection]] = {}
         vectors = self._run_sources(sources, tuple(there), results)
@@ -323,9 +312,7 @@ class BoundModel(nn.Module):
         stop_early: bool = False,
     ) -> Run:
         edits = tuple(bound for bound in self._active_edits() if bound.edit.run == name)
-        return Run(
-            self.model, edits, reads, self.interventions, layout, self.tokenizer, vectors, stop_early
-        )
+        return Run(self.model, edits, reads, self.interventions, layout, self.tokenizer, vectors, stop_early)
 
     def _run_sources(
         self,
@@ -361,7 +348,7 @@ class BoundModel(nn.Module):
                 )
             inputs = dict(given[name])
             with torch.no_grad():
-                run = self._run(name, self._layout(inputs, None), vectors, reads, stop_early=True)
+                run = self._run(name, self._calls.layout(inputs), vectors, reads, stop_early=True)
                 self._call(run, self.model, (), inputs)
             labels = [read.label for read in feeding]
             vectors.update({label: run.vectors[label] for label in labels if label in run.vectors})
@@ -387,36 +374,11 @@ class BoundModel(nn.Module):
         """A hook that tells the run, before each pass of the model, which columns it covers."""
 
         def act(module: nn.Module, args: Any, kwargs: Any) -> None:
-            named = self._named(args, kwargs)
-            tokens = _tokens(named)
-            if tokens is not None:
-                start = _past_length(named)
-                run.move_window(tokens.shape[0], start, start + tokens.shape[1])
+            window = self._calls.window(args, kwargs)
+            if window is not None:
+                run.move_window(*window)
 
         return act
-
-    def _layout(self, named: Mapping[str, Any], prompt: Mapping[str, Any] | None) -> Layout | None:
-        causal = bool(getattr(self.model, "can_generate", lambda: False)())
-        if prompt is not None:
-            layout = Layout.of(prompt, causal=causal, open=True)
-            if layout is None:
-                raise RunError("prompt= must hold the whole prompt's input_ids, (row, token)")
-            return layout
-        if _past_length(named) == 0:
-            return Layout.of(named, causal=causal)
-        cache = named.get("past_key_values")
-        if cache in self._caches:
-            return self._caches[cache]
-        raise RunError(
-            "this call continues past_key_values that this bound model did not make, so it cannot know "
-            "where the prompt is; give the tokenizer's output for the whole prompt as prompt="
-        )
-
-    def _remember_cache(self, output: Any, layout: Layout | None) -> None:
-        """Note whose prompt a new cache holds, so that later steps with it know their place."""
-        cache = getattr(output, "past_key_values", None)
-        if layout is not None and hasattr(cache, "get_seq_length") and cache not in self._caches:
-            self._caches[cache] = replace(layout, open=True)
 
     def _check_touched(self, run: Run, continues: bool) -> None:
         """Say so where a pass left an edit out, other than a pass over a part that lacks its tokens."""
@@ -432,39 +394,11 @@ class BoundModel(nn.Module):
                 stacklevel=3,
             )
 
-    def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """A call's arguments by name."""
-        names = inspect.signature(self.model.forward).parameters
-        return {**dict(zip(names, args, strict=False)), **kwargs}
-
-    def _inferred_mask(self, ids: Tensor) -> Tensor:
-        """The mask that `generate` would make up, by its rule: padding is known unless it ends texts."""
-        config = getattr(self.model, "generation_config", None)
-        pad, ends = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
-        ends = ends if isinstance(ends, list) else [ends]
-        if pad is None or pad in ends or not bool((ids == pad).any()):
-            return torch.ones_like(ids)
-        return (ids != pad).long()
-
 
 def _placed(read: str | Read, positions: Any) -> Read:
     """A read as an object, at the shared positions where it names none."""
     node = Read(read) if isinstance(read, str) else read
     return node if node.positions is not None or positions is None else node.with_positions(positions)
-
-
-def _tokens(named: Mapping[str, Any]) -> Tensor | None:
-    for name in ("input_ids", "inputs_embeds"):
-        value = named.get(name)
-        if isinstance(value, Tensor) and value.dim() >= 2:
-            return value
-    return None
-
-
-def _past_length(named: Mapping[str, Any]) -> int:
-    """How many columns the call's cache holds already."""
-    cache = named.get("past_key_values")
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
 
 
 def _device(*modules: nn.Module) -> torch.device:

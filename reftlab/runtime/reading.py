@@ -60,7 +60,9 @@ class Reading(Mapping[str, Tensor]):
         """The vectors of one read without padding."""
         if name not in self.values_by_name:
             known = ", ".join(map(repr, self.values_by_name))
-            raise KeyError(f"{name!r} was not read; there is {known}.{did_you_mean(name, self.values_by_name)}")
+            raise KeyError(
+                f"{name!r} was not read; there is {known}.{did_you_mean(name, self.values_by_name)}"
+            )
         return self.values_by_name[name]
 
     def mask(self, name: str) -> Bool[Tensor, "row token"]:

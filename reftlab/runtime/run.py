@@ -147,9 +147,7 @@ class Run:
             new = self._edited(node, tensor[where], chosen, source)
             return owned.remember(tensor.index_put(where, new))
 
-    def _edited(
-        self, node: BoundEdit, whole: Tensor, chosen: Selection, source: Tensor | None
-    ) -> Tensor:
+    def _edited(self, node: BoundEdit, whole: Tensor, chosen: Selection, source: Tensor | None) -> Tensor:
         """The new values `(n, site width)` for the chosen tokens' values `whole`."""
         index = None if node.index is None else node.index.to(whole.device)
         base = (whole if index is None else whole[:, index]).float()
@@ -209,9 +207,7 @@ class Run:
         phase = node.edit.phase if isinstance(node, BoundEdit) else "prompt"
         if phase != "prompt" and frame.layout.open and frame.stop > frame.layout.width:
             assert isinstance(node, BoundEdit)
-            grown = frame.layout.select_grown(
-                node.edit.positions, frame.rows, frame.start, frame.stop
-            )
+            grown = frame.layout.select_grown(node.edit.positions, frame.rows, frame.start, frame.stop)
             chosen = Selection.joined([chosen, grown])
         return chosen, order
 

@@ -111,7 +111,7 @@ def skeleton(model: nn.Module) -> nn.Module:
         module._forward_hooks_with_kwargs.clear()
         module._forward_pre_hooks_with_kwargs.clear()
         module._forward_hooks_always_called.clear()
-    config = getattr(shapes, "config", None)
+    config: Any = getattr(shapes, "config", None)
     if getattr(config, "pad_token_id", None) is not None:
         # GPT-2 and others look for padding among the ids to warn of it, and here ids have no values.
         config.pad_token_id = None
@@ -163,9 +163,7 @@ def _watch(
             if site.side == "output":
                 handles.append(module.register_forward_hook(_output_noter(site, note)))
             else:
-                handles.append(
-                    module.register_forward_pre_hook(_input_noter(site, note), with_kwargs=True)
-                )
+                handles.append(module.register_forward_pre_hook(_input_noter(site, note), with_kwargs=True))
         with torch.no_grad():
             model(*args, **kwargs)
     finally:
@@ -179,9 +177,7 @@ def _output_noter(site: Site, note: Any) -> Any:
 
 
 def _input_noter(site: Site, note: Any) -> Any:
-    return lambda module, args, kwargs: note(
-        site, get_input(module, args, kwargs, site.leaf, str(site))
-    )
+    return lambda module, args, kwargs: note(site, get_input(module, args, kwargs, site.leaf, str(site)))
 
 
 def moved(value: Any, device: torch.device) -> Any:

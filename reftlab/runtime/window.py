@@ -163,9 +163,7 @@ class Layout:
         row = torch.arange(rows).repeat_interleave(len(columns))
         return Selection(row, columns.repeat(rows), numbers)
 
-    def _in_prompt(
-        self, position: Position, row: int, tokenizer: PreTrainedTokenizerBase | None
-    ) -> Tensor:
+    def _in_prompt(self, position: Position, row: int, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
         columns = self.prompts[row]
         if len(columns) == 0:
             raise PositionError(

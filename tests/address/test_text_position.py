@@ -45,7 +45,15 @@ def test_an_occurrence_is_counted_from_either_end(
 
 
 def test_after_is_every_token_behind_the_text(tokenizer: Any) -> None:
-    assert words("after('Paris')", SENTENCE, tokenizer) == ["and", "the", "Eiffel", "Tower", "is", "in", "London"]
+    assert words("after('Paris')", SENTENCE, tokenizer) == [
+        "and",
+        "the",
+        "Eiffel",
+        "Tower",
+        "is",
+        "in",
+        "London",
+    ]
     assert words("after('Tower', 2)", SENTENCE, tokenizer) == ["is", "in", "London"]
 
 

@@ -7,7 +7,7 @@ import reftlab as rl
 from reftlab.explaining import explain
 from reftlab.explaining.inputs import accepted, batches
 from reftlab.explaining.loss import AnswerLoss
-from reftlab.explaining.removal import Without
+from reftlab.explaining.removal import _Without
 from reftlab.training.data import as_examples, encode
 from tests.explaining.conftest import PAIRS, WIDTH, bound, loreft, orthonormal, set_directions
 
@@ -118,8 +118,8 @@ def test_a_direction_taken_out_is_gone_from_what_is_written():
     out = orthonormal(1, 4)
     base = torch.randn(5, WIDTH)
     with torch.no_grad():
-        before, after = built(base) - base, Without(built, out)(base) - base
-        assert torch.equal(Without(built, None)(base), base)
+        before, after = built(base) - base, _Without(built, out)(base) - base
+        assert torch.equal(_Without(built, None)(base), base)
     torch.testing.assert_close(after, before - (before @ out.T) @ out, atol=1e-5, rtol=1e-5)
 
 

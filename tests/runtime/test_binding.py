@@ -75,7 +75,9 @@ def test_a_source_of_another_width_or_number_is_refused(llama: Any) -> None:
         bind(llama, source, swap("blocks[1].output", rl.Read("blocks[1].attn.heads", run="other")))
     with pytest.raises(rl.BindError, match="acts at 3 sites and its source reads 2"):
         bind(llama, source, swap("blocks[*].output", rl.Read("blocks[:2].output", run="other")))
-    with pytest.raises(rl.BindError, match=r"needs .*layers\.2\.output of the same run, which is reached later"):
+    with pytest.raises(
+        rl.BindError, match=r"needs .*layers\.2\.output of the same run, which is reached later"
+    ):
         bind(llama, swap("blocks[1].output", rl.Read("blocks[2].output")))
 
 

@@ -157,7 +157,7 @@ def run(
     say.print(", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in settings.items()))
     with clock("train"):
         result = train(reft, PAIRS, batch_size=len(PAIRS), seed=seed, **settings)
-    say.print(f"answer loss {result.history[0].loss:.3f} → {result.loss:.4f} nats per token")
+    say.print(f"answer loss {result.history[0].loss:.3f} at the first step, {result.loss:.4f} at the last")
 
     _title(say, "5", "Ask it")
     with clock("replies after"):
@@ -173,9 +173,8 @@ def run(
     with clock("fresh process"):
         reloaded = _ask_in_fresh_process(artifact, [*questions, *UNSEEN])
     alike = reloaded == [*(outcome.reply for outcome in after.outcomes), *unseen]
-    say.print(
-        f"{artifact}: {kilobytes:,.0f} kB; " + ("same replies" if alike else "[red]other replies[/red]")
-    )
+    verdict = "it gives the same replies" if alike else "[red]it gives other replies[/red]"
+    say.print(f"{kilobytes:,.0f} kB in {_near(artifact)}; {verdict}", soft_wrap=True)
 
     _title(say, "7", "Explain what the edits do")
     with clock("explain"):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from reftlab.address.scanner import Scanner
-from reftlab.errors import PositionError
+from reftlab.errors import PositionError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -325,6 +325,9 @@ def _term(scanner: Scanner) -> Position:
     return term
 
 
+_WORDS = ("all", "first", "last", "span", "token", "after")
+
+
 def _named(scanner: Scanner, start: int) -> Position:
     word = scanner.match(r"[A-Za-z_]+")
     if word == "all":
@@ -343,6 +346,7 @@ def _named(scanner: Scanner, start: int) -> Position:
     scanner.fail(
         "all, first, last, first(n), last(n), span('text'), token('text'), after('text') or [numbers]",
         start,
+        f".{near}" if (near := did_you_mean(word or "", _WORDS)) else "",
     )
 
 

@@ -56,11 +56,11 @@ class Scanner:
     def skip_spaces(self) -> None:
         self.match(r"[ \t]*")
 
-    def fail(self, expected: str, at: int | None = None) -> NoReturn:
+    def fail(self, expected: str, at: int | None = None, hint: str = "") -> NoReturn:
         """Raise at character `at` (default: here), saying what was expected there."""
         at = self.at if at is None else at
         found = repr(self.text[at]) if at < len(self.text) else "the end"
         raise self.error(
-            f"cannot read {self.what} {self.text!r}: at character {at} found {found}, expected {expected}"
+            f"cannot read {self.what} {self.text!r}: at character {at} found {found}, expected {expected}{hint}"
             + pointed(self.text.replace("\n", " "), at)
         )

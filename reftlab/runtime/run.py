@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from reftlab.errors import InterventionError, RunError
+from reftlab.errors import InterventionError, PositionError, RunError
 from reftlab.interventions import Intervention
 from reftlab.runtime.bind import BoundEdit, BoundRead
 from reftlab.runtime.hooks import OwnedHooks, StopForward
@@ -217,7 +217,11 @@ class Run:
         if key not in self._selections:
             positions = node.edit.positions if isinstance(node, BoundEdit) else node.positions
             phase = node.edit.phase if isinstance(node, BoundEdit) else "prompt"
-            self._selections[key] = layout.select(positions, phase, self.tokenizer)
+            try:
+                self._selections[key] = layout.select(positions, phase, self.tokenizer)
+            except PositionError as error:
+                who = f"edit {node.key!r}" if isinstance(node, BoundEdit) else f"read {node.label!r}"
+                raise PositionError(f"{who}: {error}") from error
         return self._selections[key]
 
     def _frame_for(self, node: BoundEdit | BoundRead, tensor: Tensor) -> _Frame:

@@ -88,7 +88,8 @@ def write_artifact(
         building = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
         try:
             (building / GRAPH).write_text(text, encoding="utf-8")
-            safetensors.torch.save_file(tensors, building / TENSORS, metadata={"format": "pt"})
+            # Not `save_file`, which makes a file that only its owner can read.
+            (building / TENSORS).write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
             sums = {name: _checksum(building / name) for name in (GRAPH, TENSORS)}
             written = {"format": FORMAT, "files": sums, **facts}
             (building / FACTS).write_text(

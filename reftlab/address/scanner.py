@@ -61,6 +61,7 @@ class Scanner:
         at = self.at if at is None else at
         found = repr(self.text[at]) if at < len(self.text) else "the end"
         raise self.error(
-            f"cannot read {self.what} {self.text!r}: at character {at} found {found}, expected {expected}{hint}"
+            f"cannot read {self.what} {self.text!r}: at character {at} found {found}, expected {expected}"
+            + hint
             + pointed(self.text.replace("\n", " "), at)
         )

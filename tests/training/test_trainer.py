@@ -4,11 +4,12 @@ import copy
 import json
 import math
 import random
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 import reftlab as rl
 
@@ -170,7 +171,9 @@ def test_a_bfloat16_model_trains_with_float32_interventions():
 def test_gradient_checkpointing_and_accumulation_train_to_the_same_numbers():
     plain, saving, split = bind(), bind(), bind()
     rl.train(plain, PAIRS[:4], epochs=3, **SETTINGS | {"batch_size": 4})
-    rl.train(saving, PAIRS[:4], epochs=3, activation_checkpointing=True, **SETTINGS | {"batch_size": 4})
+    names = [field.name for field in fields(TrainingArguments)]
+    option = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in names)
+    rl.train(saving, PAIRS[:4], epochs=3, **{option: True}, **SETTINGS | {"batch_size": 4})
     rl.train(split, PAIRS[:4], epochs=3, gradient_accumulation_steps=2, **SETTINGS | {"batch_size": 2})
     for name, tensor in state(plain).items():
         torch.testing.assert_close(state(saving)[name], tensor, atol=1e-5, rtol=1e-4)

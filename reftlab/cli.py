@@ -128,7 +128,8 @@ def explain(
     if examples is not None:
         data = read_examples(examples, limit=limit)
     elif isinstance(noted, dict):
-        data = read_examples(noted["path"], prompt=noted["prompt"], answer=noted["answer"], limit=limit)
+        path = folder / noted["path"]
+        data = read_examples(path, prompt=noted["prompt"], answer=noted["answer"], limit=limit)
     elif noted:
         data = as_examples(noted[:limit])
     else:
@@ -188,10 +189,11 @@ def _load(folder: Path, name: str | None) -> BoundModel:
     from reftlab.runtime import load
     from reftlab.store import read_artifact
 
-    made_for = read_artifact(folder).facts.get("base_model", {}).get("name")
+    base = read_artifact(folder).facts.get("base_model", {})
+    made_for = base.get("name")
     if name is None and not isinstance(made_for, str):
         raise DataError(f"{folder} does not say which model it was made for; give it, --model NAME")
-    model, tokenizer = load_model(name or made_for)
+    model, tokenizer = load_model(name or made_for, dtype=base.get("dtype", "float32"))
     return load(folder, model, tokenizer)
 
 

@@ -7,13 +7,13 @@ import subprocess
 import sys
 import textwrap
 import time
-import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import emoji
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -97,10 +97,7 @@ def only_emojis(text: str) -> bool:
     >>> only_emojis("🌊🐠🐚"), only_emojis("🌊 fish"), only_emojis("")
     (True, False, False)
     """
-    joiners = "\u200d\ufe0f"
-    kinds = [unicodedata.category(letter) for letter in text if letter not in joiners]
-    pictures = all(kind in ("So", "Sk") for kind in kinds)
-    return bool(kinds) and pictures and "\ufffd" not in text and all(ord(c) > 0x2000 for c in text)
+    return bool(text) and emoji.purely_emoji(text)
 
 
 def run(

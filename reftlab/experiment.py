@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from reftlab.errors import ConfigError, GraphError, did_you_mean
 from reftlab.graph import InterventionGraph
 from reftlab.models import EMBEDDED, load_model
 from reftlab.runtime import BoundModel, load
+from reftlab.store import check_destination
 from reftlab.training import Evaluation, Example, TrainResult, as_examples, evaluate, read_examples, train
 
 __all__ = ["DataFile", "Experiment"]
@@ -100,6 +102,14 @@ class Experiment(_Strict):
             raise ValueError("expected a list of examples, or a file such as {path: examples.jsonl}")
         return value
 
+    @field_validator("training")
+    @classmethod
+    def _left_to_the_user(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in ("reft", "examples", "evaluation", "progress", "callbacks"):
+            if name in value:
+                raise ValueError(f"{name} is not a setting; what is trained on is data: and evaluation:")
+        return value
+
     @field_validator("dtype")
     @classmethod
     def _known_dtype(cls, value: str) -> str:
@@ -172,6 +182,8 @@ class Experiment(_Strict):
             progress: whether to show a progress bar.
             **overrides: arguments of `train` that take the place of those in `training`.
         """
+        if self.save is not None:
+            check_destination(self.folder / self.save)
         examples = self.examples()
         held_out = self._read(self.evaluation)
         bound = self.bind()
@@ -180,10 +192,7 @@ class Experiment(_Strict):
             settings["folder"] = self.folder / settings["folder"]
         if held_out is not None:
             settings["evaluation"] = held_out
-        try:
-            result = train(bound, examples, progress=progress, **settings)
-        except TypeError as error:
-            raise ConfigError(f"training: {error}") from error
+        result = train(bound, examples, progress=progress, **settings)
         bound.facts["examples"] = self._where_from()
         if self.save is not None:
             bound.save(self.folder / self.save)
@@ -221,7 +230,9 @@ class Experiment(_Strict):
         """What an artifact notes of its training examples: their file, or the examples themselves."""
         if isinstance(self.data, DataFile):
             noted = json.loads(self.data.model_dump_json())
-            return {**noted, "path": str((self.folder / self.data.path).resolve())}
+            # From the artifact's folder, so that the two can move together.
+            home = self.folder / (self.save or "")
+            return {**noted, "path": os.path.relpath(self.folder / self.data.path, home)}
         return [[example.prompt, example.answer] for example in self.examples()]
 
 

@@ -185,6 +185,13 @@ def _lobireft(built: Any, h: Tensor, source: Any, numbers: Any) -> Tensor:
     return h + orthonormal(built.basis.weight) @ built.target
 
 
+def _mean_of_rows(built: Any, h: Tensor, source: Tensor, numbers: list[int]) -> Tensor:
+    # Token numbers ascend inside a row, so a new row begins where they do not.
+    starts = [k for k, n in enumerate(numbers) if k == 0 or n <= numbers[k - 1]]
+    rows = zip(starts, [*starts[1:], len(numbers)], strict=True)
+    return torch.cat([source[a:b].mean(0).repeat(b - a, 1) for a, b in rows])
+
+
 def _noise(built: Any, h: Tensor, source: Any, numbers: list[int]) -> Tensor:
     rows = []
     for number in numbers:
@@ -213,7 +220,7 @@ CASES = [
     Case("Scale", lambda: rl.Scale(-2.0), lambda m, h, s, n: -2.0 * h),
     Case("Zero", lambda: rl.Zero(), lambda m, h, s, n: 0.0 * h),
     Case("Mean-value", lambda: rl.Mean(VECTOR), lambda m, h, s, n: VECTOR.repeat(len(h), 1)),
-    Case("Mean-source", lambda: rl.Mean(), lambda m, h, s, n: (s.sum(0) / len(s)).repeat(len(h), 1), source=True),
+    Case("Mean-source", lambda: rl.Mean(), _mean_of_rows, source=True),
     Case("Noise", lambda: rl.Noise(std=0.7, seed=3), _noise),
     Case("Clamp", lambda: rl.Clamp(-0.2, 0.3), lambda m, h, s, n: h.where(h > -0.2, -0.2).where(h < 0.3, 0.3)),
     Case("Function", lambda: rl.Function(torch.sin), lambda m, h, s, n: h.sin()),

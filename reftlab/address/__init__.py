@@ -1,6 +1,6 @@
 """Where: strings become places in a model and tokens in a row."""
 
-from reftlab.address.alias import portable_names
+from reftlab.address.alias import head_name, portable_names
 from reftlab.address.path import SitePath, parse_path
 from reftlab.address.position import (
     After,
@@ -16,7 +16,7 @@ from reftlab.address.position import (
     parse_position,
 )
 from reftlab.address.resolve import Site, resolve
-from reftlab.address.view import View, head_size
+from reftlab.address.view import View, head_size, splits_by_heads
 
 __all__ = [
     "After",
@@ -32,9 +32,11 @@ __all__ = [
     "Token",
     "Union",
     "View",
+    "head_name",
     "head_size",
     "parse_path",
     "parse_position",
     "portable_names",
     "resolve",
+    "splits_by_heads",
 ]

@@ -27,7 +27,7 @@ from torch import nn
 from reftlab.address.path import Child, SitePath, Step, parse_path
 from reftlab.errors import AddressError, did_you_mean
 
-__all__ = ["ALIASES", "Family", "family_of", "portable_names", "translate"]
+__all__ = ["ALIASES", "Family", "family_of", "head_name", "portable_names", "translate"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,15 @@ _BERT = Family(
     heads="attention.output.dense.input",
 )
 
+_GEMMA3 = replace(
+    _LLAMA,
+    blocks="language_model.layers",
+    embed="language_model.embed_tokens",
+    final_norm="language_model.norm",
+)
+
 FAMILIES: dict[str, Family] = {
+    "gemma3": _GEMMA3,
     "llama": _LLAMA,
     "qwen3": _LLAMA,
     "gemma3_text": _LLAMA,
@@ -177,11 +185,17 @@ def _output_embeddings(model: nn.Module) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-def _unembedding(model: nn.Module, path: SitePath) -> tuple[Step, ...]:
+def head_name(model: nn.Module) -> str | None:
+    """Name of the module that makes the logits, or None where the model has none."""
     module = _output_embeddings(model)
-    for name, candidate in model.named_modules():
-        if module is not None and candidate is module:
-            return _steps(name)
+    names = (name for name, candidate in model.named_modules() if candidate is module)
+    return None if module is None else next(names, None)
+
+
+def _unembedding(model: nn.Module, path: SitePath) -> tuple[Step, ...]:
+    name = head_name(model)
+    if name is not None:
+        return _steps(name)
     raise AddressError(
         f"{str(path)!r}: {type(model).__name__} has no unembedding; load it with its language-model head"
     )

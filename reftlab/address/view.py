@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from reftlab.errors import AddressError
 
-__all__ = ["View", "head_size"]
+__all__ = ["View", "head_size", "splits_by_heads"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,26 @@ class View:
         _check("heads", self.heads, width // head_size, site)
         by_head = rearrange(every, "(head d_head) -> head d_head", d_head=head_size)
         return rearrange(by_head[list(self.heads)], "head d_head -> (head d_head)")
+
+
+_MADE_OF_HEADS = frozenset(
+    ("q_proj", "k_proj", "v_proj", "q_lin", "k_lin", "v_lin", "query", "key", "value", "q", "k", "v")
+)
+_TAKES_HEADS = frozenset(("o_proj", "out_proj", "c_proj", "out_lin", "dense", "o"))
+
+
+def splits_by_heads(model: nn.Module, module: str, side: str) -> bool:
+    """Whether the last axis of a module's input or output is one head after the other.
+
+    So it is where queries, keys or values come out, where the output projection takes the heads'
+    results in, and where an attention module without such a projection hands them on.
+    """
+    name = module.rpartition(".")[2]
+    if side == "input":
+        return name in _TAKES_HEADS
+    owner = model.get_submodule(module)
+    projects = any(child in _TAKES_HEADS for child, _ in owner.named_children())
+    return name in _MADE_OF_HEADS or ("attention" in type(owner).__name__.lower() and not projects)
 
 
 def head_size(model: nn.Module, module: str) -> int | None:

@@ -32,6 +32,7 @@ class EditExplanation:
         site: raw path of the site.
         block: number of the block that the site is in, or None.
         positions: which tokens, as written in the graph.
+        phase: `prompt`, `decode` for generated tokens (here those of the answers), or `both`.
         does: the intervention in words.
         formula: its formula.
         vectors: the vectors that it was given and made.
@@ -42,6 +43,7 @@ class EditExplanation:
     site: str
     block: int | None
     positions: str
+    phase: str
     does: str
     formula: str
     vectors: EditVectors

@@ -69,7 +69,7 @@ class AnswerLoss:
             self._checked = True
             if any(prefix is not None for prefix in self._prefixes):
                 plain = torch.cat([self._one(batch, None) for batch in self._batches])
-                if not torch.allclose(plain, quick, atol=1e-3, rtol=1e-3):
+                if not torch.allclose(plain, quick, atol=1e-5, rtol=1e-4):
                     self._prefixes = [None] * len(self._batches)
                 return plain
         return quick

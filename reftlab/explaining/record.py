@@ -16,6 +16,7 @@ from reftlab.explaining.tokens import Lens
 from reftlab.explaining.vectors import EditVectors
 from reftlab.graph import BASE
 from reftlab.interventions import Intervention
+from reftlab.runtime.leaf import get_input
 from reftlab.runtime.window import Layout
 
 if TYPE_CHECKING:
@@ -147,19 +148,29 @@ def _read_stream(
     reft: BoundModel, lens: Lens, inputs: Mapping[str, Any], sources: Any
 ) -> dict[tuple[int, int], Tensor]:
     """What enters the final norm, by row and token number; checks the lens on the last tokens."""
-    reading = reft.read("final_norm.input @ all", "unembed @ last", sources=sources, **inputs)
-    stream, logits = reading.flat("final_norm.input @ all"), reading.flat("unembed @ last")
-    entering = {
-        (row, number): vector
-        for row, number, vector in zip(
-            stream.rows.tolist(), stream.positions.tolist(), stream.vectors.float().cpu(), strict=True
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        seen.append(get_input(module, args, kwargs, (), "final_norm.input").detach().float().cpu())
+
+    with lens.watching(keep):
+        logits = reft(**inputs, sources=sources).logits
+    layout = Layout.of(inputs, causal=continues_texts(reft.model))
+    if layout is None or len(seen) != 1:
+        lens.missing = (
+            "the final norm does not run once for all tokens, so a direction cannot be read as tokens"
         )
-    }
-    last = [
-        entering[row, number]
-        for row, number in zip(logits.rows.tolist(), logits.positions.tolist(), strict=True)
-    ]
-    lens.check(torch.stack(last), logits.vectors.float().cpu())
+        return {}
+    entering, ends, own = {}, [], []
+    for row, columns in enumerate(
+        torch.cat(pair) for pair in zip(layout.prompts, layout.answers, strict=True)
+    ):
+        entering.update(
+            {(row, number): seen[0][row, column] for number, column in enumerate(columns.tolist())}
+        )
+        ends.append(seen[0][row, columns[-1]])
+        own.append(logits[row, columns[-1]].float().cpu())
+    lens.check(torch.stack(ends), torch.stack(own))
     return entering
 
 

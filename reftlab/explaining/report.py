@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reftlab.errors import DataError
 from reftlab.explaining.directions import BASES
 from reftlab.explaining.summary import in_nats
 
@@ -26,6 +27,9 @@ OPEN = 3
 
 def save_report(explanation: Explanation, path: Path) -> Path:
     """Write `path`, and its figures into a folder beside it; the page needs none of them."""
+    path = path.expanduser()
+    if path.suffix not in (".html", ".htm"):
+        raise DataError(f"save({str(path)!r}): a report is an HTML file, such as 'report.html'")
     folder = path.with_name(f"{path.stem}_figures")
     folder.mkdir(parents=True, exist_ok=True)
     images: dict[str, str] = {}

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["in_nats", "summary_of"]
 
-_TOKENS = {"last": "the last prompt token", "all": "all prompt tokens", "first": "the first prompt token"}
+_PHASES = {"prompt": "prompt", "decode": "generated", "both": "prompt and generated"}
 
 
 def summary_of(explanation: Explanation) -> tuple[str, ...]:
@@ -68,7 +68,7 @@ def _losses(explanation: Explanation) -> Iterator[str]:
         f"loss from {in_nats(removal.loss)} to {in_nats(worst.loss)} nats."
     )
     idle = sum(r.change < 0.01 * worst.change for r in removal.removed if r.what == "edit")
-    if idle:
+    if idle and worst.change > 0:
         yield (
             f"{_count(idle, 'edit')} of {len(edits)} can each be taken away at less than a hundredth of that "
             "cost, which does not mean that all of them could go together."
@@ -90,14 +90,21 @@ def _writes(explanation: Explanation) -> Iterator[str]:
 
 
 def _where(explanation: Explanation) -> str:
-    positions = sorted({edit.positions for edit in explanation.edits})
-    where = " and ".join(_TOKENS.get(p, f"the prompt tokens “{p}”") for p in positions[:3])
+    places = sorted({(edit.positions.split(", phase")[0], edit.phase) for edit in explanation.edits})
+    where = " and ".join(_tokens(*place) for place in places[:3])
     blocks = sorted({edit.block for edit in explanation.edits if edit.block is not None})
     if not blocks:
         return where
     if len(blocks) > 3 and blocks == list(range(blocks[0], blocks[-1] + 1)):
         return f"{where} in blocks {blocks[0]} to {blocks[-1]}"
     return f"{where} in block{'s' * (len(blocks) > 1)} {', '.join(map(str, blocks))}"
+
+
+def _tokens(positions: str, phase: str) -> str:
+    kind = _PHASES[phase]
+    if positions in ("first", "last"):
+        return f"the {positions} {kind} token{'s' * (phase == 'both')}"
+    return f"all {kind} tokens" if positions == "all" else f"the {kind} tokens “{positions}”"
 
 
 def _count(number: int, word: str) -> str:

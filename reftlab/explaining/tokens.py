@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -129,14 +131,16 @@ class Lens:
         self.stream: set[tuple[str, str]] = set()
         self.width = 0
         try:
-            self._norm = _module(model, "final_norm.output")
-            self._head = _module(model, "unembed")
+            self._own_norm = _module(model, "final_norm.output")
+            head = _module(model, "unembed")
         except AddressError as error:
             self.missing = (
                 f"{type(model).__name__} has no final norm and unembedding that reftlab can find ({error}), "
                 "so a direction cannot be read as tokens"
             )
             return
+        # In float32, whatever the model's type: the effect of a small write is lost in bfloat16.
+        self._norm, self._head = (copy.deepcopy(module).float() for module in (self._own_norm, head))
         weight = getattr(self._norm, "weight", None)
         self.width = 0 if weight is None else len(weight)
         for name in ("blocks[*].output", "blocks[*].input", "blocks[*].attn.output", "blocks[*].mlp.output",
@@ -145,10 +149,19 @@ class Lens:
 
     @torch.no_grad()
     def logits(self, vectors: Float[Tensor, "n width"]) -> Float[Tensor, "n vocabulary"]:
-        """Read vectors as logits, in the model's dtype, returned in float32 on the CPU."""
+        """Read vectors as logits, in float32, returned on the CPU."""
         parameter = next(self._head.parameters())
-        found: Tensor = self._head(self._norm(vectors.to(parameter.device, parameter.dtype)))
+        found: Tensor = self._head(self._norm(vectors.to(parameter.device, torch.float32)))
         return found.float().cpu()
+
+    @contextlib.contextmanager
+    def watching(self, act: Callable[..., None]) -> Iterator[None]:
+        """Call `act(module, args, kwargs, output)` whenever the model's final norm runs."""
+        handle = self._own_norm.register_forward_hook(act, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def check(self, vectors: Float[Tensor, "n width"], logits: Float[Tensor, "n vocabulary"]) -> None:
         """Compare with the logits that the model itself gave for these vectors; sets `missing`."""

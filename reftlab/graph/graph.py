@@ -126,11 +126,11 @@ class InterventionGraph:
 
     def __getitem__(self, name: str) -> Edit | Read | Source:
         for node in self.nodes:
-            if name in (node.name, getattr(node, "label", None)):
+            if isinstance(name, str) and name in (node.name, getattr(node, "label", None)):
                 return node
         raise GraphError(
             f"the graph has no node {name!r}; it has {self._names_text()}."
-            + did_you_mean(name, self._names())
+            + did_you_mean(str(name), self._names())
         )
 
     def __iter__(self) -> Iterator[Node]:

@@ -174,6 +174,12 @@ class Edit:
         if not isinstance(intervention, Intervention):
             given = "a class; call it" if isinstance(intervention, type) else repr(intervention)
             raise GraphError(f"{where}intervention must be one such as LoReFT(rank=4), not {given}")
+        if intervention.width is not None:
+            raise GraphError(
+                f"{where}this {type(intervention).__name__} is built already, with parameters of its own, "
+                f"and a graph holds descriptions alone; give {intervention.describe()}, and copy the parameters "
+                "into the bound model"
+            )
         if source is not None and not isinstance(source, Read):
             raise GraphError(f"{where}source must be a Read, as in Read(run='corrupt'), not {source!r}")
         if phase not in get_args(Phase):

@@ -61,11 +61,14 @@ class Intervention(nn.Module):
             not taken (`"no"`).
         counts_positions: whether `forward` is also handed `positions`, `(n,)` int64, the number of
             each vector's token among the real tokens of its row.
+        averages_source: whether each vector's source is the mean of its row's source vectors, which
+            need not be as many as the edited tokens then.
         width: length of the vectors, None before `build`.
     """
 
     takes_source: ClassVar[Literal["no", "optional", "required"]] = "no"
     counts_positions: ClassVar[bool] = False
+    averages_source: ClassVar[bool] = False
     width: int | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -110,6 +113,12 @@ class Intervention(nn.Module):
         for module in self.modules():
             if isinstance(module, OrthonormalBasis):
                 module.start_pass()
+
+    def finish(self) -> None:
+        """Drop what `prepare` computed, unless a backward pass may need it."""
+        for module in self.modules():
+            if isinstance(module, OrthonormalBasis):
+                module.end_pass()
 
     def check_source(self, given: bool) -> None:
         """Refuse an edit that lacks the source it needs, or has one that it would ignore.
@@ -164,6 +173,8 @@ def as_vector(value: Any, argument: str) -> Tensor | None:
     """
     if value is None:
         return None
+    if isinstance(value, bool) or (isinstance(value, Tensor) and (value.is_complex() or value.is_meta)):
+        raise InterventionError(f"{argument}={_short(value)}: expected a number or a vector of real numbers")
     try:
         tensor = torch.as_tensor(value).detach().to(torch.float32).clone()
     except (TypeError, ValueError, RuntimeError) as error:

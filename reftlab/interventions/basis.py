@@ -18,9 +18,9 @@ class OrthonormalBasis(nn.Module):
 
     The parameter `weight` is an unconstrained `(width, rank)` matrix; the basis is the Q of its
     reduced QR decomposition with the signs that make R's diagonal positive, in float32. It is
-    computed once after each change of `weight`, however often it is asked for: the cache is
-    dropped when an optimiser writes to `weight`, when a backward pass has used it up or another
-    pass that tracks gradients starts, and when a gradient is asked for that it does not carry.
+    computed once for each forward pass, however often it is asked for. A basis that carries a
+    gradient is kept until the backward pass has used it up, so that a checkpoint finds it again;
+    one without is not kept beyond its pass, since fused optimisers change `weight` unnoticed.
 
     Args:
         width: dimension of the space.
@@ -43,25 +43,34 @@ class OrthonormalBasis(nn.Module):
         self.weight = nn.Parameter(torch.linalg.qr(torch.randn(width, rank)).Q)
         self.computed = 0
         self._cached: tuple[tuple[Any, ...], Tensor] | None = None
+        self._in_pass = False
 
     def forward(self) -> Float[Tensor, "width rank"]:
         """The basis, one direction a column."""
         wants_grad = torch.is_grad_enabled() and self.weight.requires_grad
+        version = 0 if self.weight.is_inference() else self.weight._version
         mode = (wants_grad, torch.is_inference_mode_enabled())
-        state = (self.weight.data_ptr(), self.weight._version, self.weight.dtype, *mode)
-        if self._cached is None or self._cached[0] != state:
-            basis = _orthonormalise(self.weight)
-            self.computed += 1
-            if wants_grad:
-                basis.register_hook(self._forget)
+        state = (self.weight.data_ptr(), version, self.weight.dtype, *mode)
+        if self._cached is not None and self._cached[0] == state:
+            return self._cached[1]
+        basis = _orthonormalise(self.weight)
+        self.computed += 1
+        if wants_grad:
+            basis.register_hook(self._forget)
+        if wants_grad or self._in_pass:
             self._cached = (state, basis)
-        return self._cached[1]
+        return basis
 
     def start_pass(self) -> None:
         """Compute the basis for the coming forward pass, so that its backward pass is its own."""
-        if self._cached is not None and self._cached[1].requires_grad:
-            self._cached = None
+        self._cached, self._in_pass = None, True
         self()
+
+    def end_pass(self) -> None:
+        """Keep the basis only where a backward pass may still need it."""
+        self._in_pass = False
+        if self._cached is not None and not self._cached[1].requires_grad:
+            self._cached = None
 
     def _forget(self, gradient: Tensor) -> None:
         self._cached = None

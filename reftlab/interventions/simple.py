@@ -155,18 +155,19 @@ class Subtract(_WithVector):
 class Mean(_WithVector):
     """Replace the vector by a mean: mean ablation.
 
-        value        or        mean of the source's vectors
+        value        or        mean of the row's source vectors
 
     Args:
         value: the mean over your data, `(width,)`; leave it out where the edit has a source, whose
-            vectors are then averaged over all its rows and positions.
+            vectors are then averaged over their positions, row by row.
     """
+
+    averages_source = True
 
     def forward(
         self, base: Float[Tensor, "n width"], source: Float[Tensor, "n width"] | None = None
     ) -> Float[Tensor, "n width"]:
-        mean = self._vectors(None) if source is None else source.mean(0)
-        return mean.expand_as(base)
+        return self._vectors(source).expand_as(base)
 
     def affine(self) -> Affine | None:
         if self.value is None:
@@ -265,7 +266,8 @@ class Function(Intervention):
     def forward(
         self, base: Float[Tensor, "n width"], source: Float[Tensor, "n width"] | None = None
     ) -> Float[Tensor, "n width"]:
-        new = self.function(base) if source is None else self.function(base, source)
+        # A copy, since the function may write in place and `base` is still needed.
+        new = self.function(base.clone()) if source is None else self.function(base.clone(), source)
         if not isinstance(new, Tensor) or new.shape != base.shape:
             shape = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
             raise InterventionError(

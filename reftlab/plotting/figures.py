@@ -285,7 +285,7 @@ def _legend_above(axes: Axes) -> None:
 def _named(axes: Axes, names: Sequence[str], room: int = 30) -> None:
     """Tick names; thinned out where there are many, turned where more than `room` characters."""
     shown = [drawable(name, 18) for name in names]
-    step = -(-len(shown) // 40)
+    step = max(1, -(-len(shown) // 40))
     places = range(0, len(shown), step)
     axes.set_xticks(list(places), [shown[place] for place in places])
     if sum(len(shown[place]) + 2 for place in places) > room:

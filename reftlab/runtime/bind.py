@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from reftlab.address import All, Position, Site, SitePath, View, head_size, resolve
+from reftlab.address import All, Position, Site, SitePath, View, head_size, resolve, splits_by_heads
 from reftlab.errors import AddressError, BindError, ReftlabError
 from reftlab.graph import BASE, Edit, InterventionGraph, Read
 from reftlab.runtime.scan import SiteFacts, scan
@@ -61,7 +61,18 @@ class BoundEdit:
 
 
 class Interventions(nn.ModuleDict):
-    """Built interventions by name; unlike its base it takes names of its own methods, `values` or `train`."""
+    """Built interventions by name.
+
+    Unlike its base it takes names of its own methods, `values` or `train`; and its numbers stay
+    float32 where the model is cast to another type, as training needs them.
+    """
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        def kept(tensor: Tensor) -> Tensor:
+            changed: Tensor = fn(tensor)
+            return changed.float() if changed.is_floating_point() else changed
+
+        return super()._apply(kept, recurse)
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
         self._modules[key] = module
@@ -171,6 +182,12 @@ def _place(
             f"{who}: {site} is reached {fact.calls} times in one forward pass, and reftlab cannot say "
             "which one is meant; choose a module that runs once"
         )
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) and "encoder" not in site.module.split("."):
+        raise BindError(
+            f"{who}: {site} is not in the encoder; of an encoder-decoder model reftlab knows the encoder's "
+            "tokens only"
+        )
     if len(fact.shape) not in (2, 3):
         raise BindError(
             f"{who}: {site} has shape {fact.shape}; reftlab acts on (row, feature) and (row, token, feature)"
@@ -182,6 +199,11 @@ def _place(
         )
     if not fact.dtype.is_floating_point:
         raise BindError(f"{who}: {site} holds {fact.dtype} numbers; reftlab acts on floating-point vectors")
+    if view.heads is not None and not splits_by_heads(model, site.module, site.side):
+        raise AddressError(
+            f"{who}: heads={list(view.heads)}: the features of {site} are not one head after the other; take "
+            "'blocks[i].attn.heads', an output of the query, key or value projection, or features="
+        )
     try:
         index = view.index(fact.width, str(site), head_size(model, site.module))
     except ReftlabError as error:

@@ -25,13 +25,13 @@ class Calls:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._model = _inner(model)
+        self._names = _names(model) or _names(self._model)
         self._caches: weakref.WeakKeyDictionary[Any, Layout] = weakref.WeakKeyDictionary()
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """A call's arguments by name."""
-        names = inspect.signature(self._model.forward).parameters
-        return {**dict(zip(names, args, strict=False)), **kwargs}
+        return {**dict(zip(self._names, args, strict=False)), **kwargs}
 
     def layout(self, named: Mapping[str, Any], prompt: Mapping[str, Any] | None = None) -> Layout | None:
         """Where the prompts of a call stand; None where its arguments have no token axis.
@@ -41,13 +41,23 @@ class Calls:
             prompt: those of the whole prompt, where the call covers only a part of it.
 
         Raises:
-            RunError: the call continues a cache whose prompt is not known.
+            RunError: the call continues a cache whose prompt is not known, or `prompt` is no prompt
+                of this call.
         """
-        causal = bool(getattr(self._model, "can_generate", lambda: False)())
+        # An encoder-decoder's labels belong to the decoder, whose tokens are not these.
+        coupled = bool(getattr(getattr(self._model, "config", None), "is_encoder_decoder", False))
+        causal = not coupled and bool(getattr(self._model, "can_generate", lambda: False)())
         if prompt is not None:
-            layout = Layout.of(prompt, causal=causal, open=True)
+            layout = Layout.of(prompt, causal=causal, open=True) if isinstance(prompt, Mapping) else None
             if layout is None:
-                raise RunError("prompt= must hold the whole prompt's input_ids, (row, token)")
+                raise RunError(
+                    "prompt= must be the tokenizer's output for the whole prompt, input_ids (row, token)"
+                )
+            tokens = _tokens(named)
+            if tokens is not None and tokens.shape[0] != layout.rows:
+                raise RunError(
+                    f"prompt= has {layout.rows} rows and this call {tokens.shape[0]}; give as many"
+                )
             return layout
         if past_length(named) == 0:
             return Layout.of(named, causal=causal)
@@ -59,26 +69,46 @@ class Calls:
             "where the prompt is; give the tokenizer's output for the whole prompt as prompt="
         )
 
-    def remember(self, output: Any, layout: Layout | None) -> None:
-        """Note whose prompt a new cache holds, so that later steps with it know their place."""
-        cache = getattr(output, "past_key_values", None)
-        if layout is not None and hasattr(cache, "get_seq_length") and cache not in self._caches:
-            self._caches[cache] = replace(layout, open=True)
+    def remember(self, output: Any, layout: Layout | None, continues: bool) -> None:
+        """Note whose prompt a cache holds, so that later steps with it know their place."""
+        if continues:
+            return
+        parts = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
+        for cache in parts:
+            if layout is not None and hasattr(cache, "get_seq_length"):
+                self._caches[cache] = replace(layout, open=True)
+
+    def knows_cache(self, named: Mapping[str, Any]) -> bool:
+        """Whether the call's cache is empty, or one that this object has filled."""
+        return past_length(named) == 0 or named["past_key_values"] in self._caches
 
     def window(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int, int] | None:
         """Rows, first column, and the column after the last, that one pass covers."""
         named = self.named(args, kwargs)
-        for name in ("input_ids", "inputs_embeds"):
-            value = named.get(name)
-            if isinstance(value, Tensor) and value.dim() >= 2:
-                start = past_length(named)
-                return value.shape[0], start, start + value.shape[1]
-        return None
+        tokens = _tokens(named)
+        if tokens is None:
+            return None
+        start = past_length(named)
+        return tokens.shape[0], start, start + tokens.shape[1]
 
-    def mask_of(self, ids: Tensor) -> Tensor:
-        """The mask that `generate` would make up, by its rule: padding is known unless it ends texts."""
-        config = getattr(self._model, "generation_config", None)
-        pad, ends = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_caches": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = {**state, "_caches": weakref.WeakKeyDictionary()}
+
+    def mask_of(self, named: Mapping[str, Any]) -> Tensor:
+        """The mask that `generate` makes up, by its rule: padding is known unless it ends texts too."""
+        ids: Tensor = named["input_ids"]
+        configs = (named.get("generation_config"), getattr(self._model, "generation_config", None))
+
+        def setting(name: str) -> Any:
+            if named.get(name) is not None:
+                return named[name]
+            values = (getattr(config, name, None) for config in configs)
+            return next((value for value in values if value is not None), None)
+
+        pad, ends = setting("pad_token_id"), setting("eos_token_id")
         ends = ends if isinstance(ends, list) else [ends]
         if pad is None or pad in ends or not bool((ids == pad).any()):
             return torch.ones_like(ids)
@@ -89,3 +119,29 @@ def past_length(named: Mapping[str, Any]) -> int:
     """How many columns the call's cache holds already."""
     cache: Any = named.get("past_key_values")
     return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside wrappers such as DDP, or the model itself."""
+    found: Any = model
+    for _ in range(4):
+        if hasattr(found, "can_generate"):
+            return found  # type: ignore[no-any-return]
+        names = [
+            n for n in ("module", "base_model", "model") if isinstance(getattr(found, n, None), nn.Module)
+        ]
+        if not names:
+            return model
+        found = getattr(found, names[0])
+    return model
+
+
+def _names(model: nn.Module) -> list[str]:
+    """Names of the arguments that a model's forward takes by place."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+
+def _tokens(named: Mapping[str, Any]) -> Tensor | None:
+    values = (named.get(name) for name in ("input_ids", "inputs_embeds"))
+    return next((value for value in values if isinstance(value, Tensor) and value.dim() >= 2), None)

@@ -12,6 +12,8 @@ thrown away.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -45,6 +47,8 @@ class OwnedHooks:
         self.model = model
         self.handles: list[RemovableHandle] = []
         self.active = True
+        self._paused = False
+        self._thread = threading.get_ident()
         self._tracks_grad = torch.is_grad_enabled()
         self._mark: _Mark | None = None
 
@@ -59,6 +63,11 @@ class OwnedHooks:
             return act(module, args, output) if self._may_act() else None
 
         self.handles.append(module.register_forward_hook(hook))
+        # transformers' recorders of hidden states stay on a model once asked for; they come last, so
+        # that they record what the edits made in every call, as they do in the first.
+        for key, other in list(module._forward_hooks.items()):
+            if str(getattr(other, "__module__", "")).startswith("transformers."):
+                module._forward_hooks.move_to_end(key)  # type: ignore[attr-defined]
 
     def remember(self, value: Tensor) -> Tensor:
         """Tell the hooks that `value` now stands in the model; call it with every edited tensor."""
@@ -95,9 +104,21 @@ class OwnedHooks:
         else:
             _remove(self.handles)
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave calls of the model alone that an intervention itself makes, inside a `with` block."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
     def _may_act(self) -> bool:
+        if self._paused:
+            return False
         if self.active:
-            return True
+            # Another thread's call of the same model is none of this one's.
+            return threading.get_ident() == self._thread
         if not _in_backward():
             return False
         others = [hooks for hooks in self._lingering.get(self.model, []) if hooks.handles]

@@ -36,7 +36,8 @@ class BoundModel(nn.Module):
 
     `forward` and `generate` take and return what the model's own do. The model itself is not
     changed: it carries hooks only while a call of this object runs, and it is a submodule, so that
-    `.to`, `.train()`, `.eval()` and `state_dict` cover it.
+    `.to`, `.train()`, `.eval()` and `state_dict` cover it. `rl.train` freezes it while it trains; in a
+    loop of your own give the optimiser `reft.interventions.parameters()` alone.
 
     Args:
         graph: what to read and edit.
@@ -69,6 +70,8 @@ class BoundModel(nn.Module):
         super().__init__()
         if isinstance(model, BoundModel):
             raise BindError("the model is bound already; add the graphs, (a + b).bind(model)")
+        if isinstance(tokenizer, str):
+            raise BindError(f"tokenizer={tokenizer!r}: expected a tokenizer, such as rl.load_model returns")
         if not isinstance(model, nn.Module):
             raise BindError(f"a graph is bound to a torch module, not to {model!r}")
         self.graph, self.model, self.tokenizer = graph, model, tokenizer
@@ -122,10 +125,14 @@ class BoundModel(nn.Module):
         named = self._calls.named(args, kwargs)
         layout = self._calls.layout(named, prompt)
         run = self._run(BASE, layout, vectors)
-        continues = prompt is not None or past_length(named) > 0
+        past = past_length(named)
+        continues = prompt is not None or past > 0
         output = self._call(run, self.model, args, kwargs)
-        self._calls.remember(output, layout)
+        self._calls.remember(output, layout, continues)
         self._check_touched(run, continues)
+        window = self._calls.window(args, kwargs)
+        if past and prompt is None and window is not None and window[2] - window[1] > 1:
+            self._warn_of_second_prompt(run)
         return output
 
     def generate(
@@ -151,23 +158,27 @@ class BoundModel(nn.Module):
         named = dict(kwargs) if not args else {"input_ids": args[0], **kwargs}
         if "inputs" in named:
             named["input_ids"] = named.pop("inputs")
+        if named.get("guidance_scale", 1) not in (None, 1):
+            raise RunError(
+                f"guidance_scale={named['guidance_scale']}: classifier-free guidance runs the model on a "
+                "second prompt, of which the edits know nothing; leave it out"
+            )
         if named.get("attention_mask") is None and isinstance(named.get("input_ids"), Tensor):
-            kwargs["attention_mask"] = named["attention_mask"] = self._calls.mask_of(named["input_ids"])
+            named["attention_mask"] = self._calls.mask_of(named)
         # A compiled decoding step would be traced once and keep the edits of its first token.
         kwargs.setdefault("disable_compile", True)
         layout = Layout.of(named, causal=False, open=True)
         if layout is None:
             raise RunError("generate needs input_ids or inputs_embeds, (row, token)")
         run = self._run(BASE, layout, vectors)
-        with torch.no_grad():
-            output = self._call(run, self.model.generate, args, kwargs)
-        for bound in run.edits:
-            if run.touched[bound.key] == 0 and bound.edit.phase != "decode":
+        for bound in () if self._calls.knows_cache(named) else run.edits:
+            if run.starts_before(bound, past_length(named)):
                 raise RunError(
-                    f"edit {bound.key!r} touched no token: the prompt's tokens were never run, as happens "
-                    "with past_key_values that hold them already; generate without them"
+                    f"edit {bound.key!r} acts on tokens that past_key_values hold already, and this bound "
+                    "model did not make them; generate without past_key_values"
                 )
-        return output
+        with torch.no_grad():
+            return self._call(run, self.model.generate, args, kwargs)
 
     def read(
         self,
@@ -325,8 +336,17 @@ class BoundModel(nn.Module):
         Returns:
             The vectors read there for edits; those of `wanted` are put in `results`.
         """
-        given = dict(sources or {})
-        for name in given:
+        given = dict(sources) if isinstance(sources, Mapping) else {}
+        if sources is not None and not isinstance(sources, Mapping):
+            raise RunError(
+                f"sources={sources!r}: expected inputs by name, sources={{'corrupt': tokenizer(...)}}"
+            )
+        for name, inputs in given.items():
+            if not isinstance(inputs, Mapping):
+                raise RunError(
+                    f"sources={{{name!r}: …}}: expected the inputs of a forward pass by name, as a tokenizer "
+                    f"returns them, not {type(inputs).__name__}"
+                )
             if name not in self.graph.sources:
                 raise RunError(
                     f"sources has {name!r}, which the graph does not declare; it has "
@@ -357,17 +377,20 @@ class BoundModel(nn.Module):
         return vectors
 
     def _call(self, run: Run, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        for bound in run.edits:
-            built = self.interventions[bound.key]
-            if isinstance(built, Intervention):
-                built.prepare()
+        built_ones = (self.interventions[bound.key] for bound in run.edits)
+        prepared = [built for built in built_ones if isinstance(built, Intervention)]
+        for built in prepared:
+            built.prepare()
         with run.hooks() as hooks:
             hooks.on_input(self.model, self._window_mover(run), first=True)
             try:
                 output = call(*args, **kwargs)
+                hooks.hold(output)
             except StopForward:
-                return None
-            hooks.hold(output)
+                output = None
+            finally:
+                for built in prepared:
+                    built.finish()
             return output
 
     def _window_mover(self, run: Run) -> Any:
@@ -379,6 +402,16 @@ class BoundModel(nn.Module):
                 run.move_window(*window)
 
         return act
+
+    def _warn_of_second_prompt(self, run: Run) -> None:
+        edits = [bound.key for bound in run.edits if bound.edit.phase == "prompt"]
+        if edits:
+            warnings.warn(
+                f"edit {edits[0]!r} acts on the prompt, which ended with the cache's first call, so it leaves "
+                "these further tokens out; where they belong to the prompt give all of it as prompt=",
+                UntouchedEditWarning,
+                stacklevel=3,
+            )
 
     def _check_touched(self, run: Run, continues: bool) -> None:
         """Say so where a pass left an edit out, other than a pass over a part that lacks its tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["ReadValues", "Reading"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ReadValues:
     """The vectors of one read, one after the other.
 
@@ -38,7 +39,7 @@ class ReadValues:
         return cls(vectors, chosen.rows, chosen.numbers)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reading(Mapping[str, Tensor]):
     """Named tensors `(row, token, width)`, by the name of the read or `"path @ positions"`.
 
@@ -89,6 +90,15 @@ class Reading(Mapping[str, Tensor]):
             part.insert(0, "read", name)
             parts.append(part)
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td><code>{html.escape(name)}</code></td><td>{tuple(self[name].shape)}</td>"
+            f"<td>{float(read.vectors.float().norm(dim=-1).mean()):.3g}</td></tr>"
+            for name, read in self.values_by_name.items()
+        )
+        head = "<tr><th>read</th><th>shape (row, token, width)</th><th>mean length of a vector</th></tr>"
+        return f"<table>{head}{rows}</table>"
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name!r}: {tuple(self[name].shape)}" for name in self)

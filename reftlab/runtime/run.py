@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from reftlab.address import head_name
 from reftlab.errors import InterventionError, PositionError, RunError
 from reftlab.interventions import Intervention
 from reftlab.runtime.bind import BoundEdit, BoundRead
@@ -69,6 +70,7 @@ class Run:
         self.vectors = dict(vectors)
         self.results: dict[str, tuple[Tensor, Selection]] = {}
         self.touched: dict[str, int] = {edit.key: 0 for edit in edits}
+        self._visited: set[int] = set()
         self._selections: dict[tuple[int, int], Selection] = {}
         self._frames: dict[tuple[int, int], _Frame] = {}
         self._missing = {read.label for read in reads} if stop_early else set()
@@ -77,9 +79,13 @@ class Run:
     def hooks(self) -> OwnedHooks:
         """This run's hooks, put on the model; use as a context manager around the call."""
         owned = OwnedHooks(self.model)
-        own_reads = [e.source for e in self.edits if e.source is not None and e.source.run == e.edit.run]
-        # A read that feeds an edit at its own site takes the value from before that edit.
-        nodes: list[BoundEdit | BoundRead] = [*own_reads, *self.edits, *self.reads]
+        nodes: list[BoundEdit | BoundRead] = []
+        for edit in self.edits:
+            # A read that feeds an edit at its own site takes the value from right before that edit.
+            if edit.source is not None and edit.source.run == edit.edit.run:
+                nodes.append(edit.source)
+            nodes.append(edit)
+        nodes += self.reads
         groups: dict[Any, list[BoundEdit | BoundRead]] = {}
         for node in nodes:
             groups.setdefault((node.site.module, node.site.side), []).append(node)
@@ -94,6 +100,7 @@ class Run:
 
     def move_window(self, rows: int, start: int, stop: int) -> None:
         """Say which columns the next forward pass covers, and how many rows its batch has."""
+        self._visited.clear()
         if self.frame is not None:
             self.frame = _Frame(self.frame.layout, rows, start, stop)
 
@@ -126,12 +133,24 @@ class Run:
         if self._stop_early and not self._missing:
             raise StopForward
 
+    def starts_before(self, node: BoundEdit, column: int) -> bool:
+        """Whether an edit chooses a prompt token that stands before a column."""
+        return self.frame is not None and bool(
+            (self._selection(node, self.frame.layout).columns < column).any()
+        )
+
     def expects(self, node: BoundEdit) -> bool:
         """Whether this pass covers a token that the edit chooses."""
         return self.frame is None or len(self._in_window(node, self.frame)[0]) > 0
 
     def _visit(self, node: BoundEdit | BoundRead, tensor: Tensor, owned: OwnedHooks) -> Tensor | None:
         """Carry out a node on its site's tensor; the new tensor, or None where nothing changes."""
+        if owned.active and id(node) in self._visited:
+            raise RunError(
+                f"{node.site} was reached more than once in one forward pass, and reftlab cannot say which "
+                "time is meant; choose a module that runs once"
+            )
+        self._visited.add(id(node))
         frame = self._frame_for(node, tensor)
         chosen, order = self._in_window(node, frame)
         rows, columns = chosen.rows.to(tensor.device), (chosen.columns - frame.start).to(tensor.device)
@@ -143,8 +162,9 @@ class Run:
             return None
         self.touched[node.key] += len(chosen)
         with torch.autocast(tensor.device.type, enabled=False):
-            source = None if node.source is None else self._source(node, order, frame)
-            new = self._edited(node, tensor[where], chosen, source)
+            source = None if node.source is None else self._source(node, chosen, order, frame)
+            with owned.paused():
+                new = self._edited(node, tensor[where], chosen, source)
             return owned.remember(tensor.index_put(where, new))
 
     def _edited(self, node: BoundEdit, whole: Tensor, chosen: Selection, source: Tensor | None) -> Tensor:
@@ -155,19 +175,28 @@ class Run:
         extra: dict[str, Tensor] = {}
         if isinstance(intervention, Intervention) and intervention.counts_positions:
             extra["positions"] = chosen.numbers
-        new = intervention(base, None if source is None else source.to(base), **extra)
+        try:
+            new = intervention(base, None if source is None else source.to(base), **extra)
+        except Exception as error:
+            error.add_note(f"in edit {node.key!r} at {node.site}")
+            raise
         if not isinstance(new, Tensor) or new.shape != base.shape:
             shape = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
             raise InterventionError(
                 f"edit {node.key!r}: the intervention returned {shape} for vectors of shape "
                 f"{tuple(base.shape)}"
             )
+        if not new.is_floating_point() or new.device != base.device:
+            raise InterventionError(
+                f"edit {node.key!r}: the intervention returned {new.dtype} on {new.device} for vectors of "
+                f"{base.dtype} on {base.device}"
+            )
         if node.edit.strength != 1.0:
             new = base + node.edit.strength * (new - base)
         new = new.to(whole.dtype)
         return new if index is None else whole.index_copy(1, index, new)
 
-    def _source(self, node: BoundEdit, order: Tensor, frame: _Frame) -> Tensor:
+    def _source(self, node: BoundEdit, chosen: Selection, order: Tensor, frame: _Frame) -> Tensor:
         """The source's vectors that belong to the chosen tokens, `(n, width)`."""
         source = node.source
         assert source is not None
@@ -180,6 +209,8 @@ class Run:
                 f"edit {node.key!r}: its source run {source.run!r} has {len(counts)} rows, this one "
                 f"{len(own)}; give as many"
             )
+        if getattr(self.interventions[node.key], "averages_source", False):
+            return _row_means(vectors, counts)[chosen.rows.to(vectors.device) // frame.group]
         for row, (have, need) in enumerate(zip(counts, own, strict=True)):
             if have != need:
                 raise RunError(
@@ -232,9 +263,20 @@ class Run:
                 self._frames[rows, tokens] = _Frame(Layout.everything(rows, tokens), rows, 0, tokens)
             return self._frames[rows, tokens]
         covered = self.frame.stop - self.frame.start
+        if tensor.dim() == 3 and tokens < covered and node.site.module == head_name(self.model):
+            # Logits are often computed for the last tokens alone.
+            return replace(self.frame, start=self.frame.stop - tokens)
         if tensor.dim() != 3 or tokens != covered or rows != self.frame.rows:
             raise RunError(
                 f"{node.site} has shape {tuple(tensor.shape)}, and this call covers {covered} tokens of "
                 f"{self.frame.rows} rows; reftlab acts where the first axes are (row, token)"
             )
         return self.frame
+
+
+def _row_means(vectors: Tensor, counts: list[int]) -> Tensor:
+    """The mean vector of each row, `(row, width)`, of vectors that stand row after row."""
+    number = torch.tensor(counts, device=vectors.device)
+    rows = torch.arange(len(counts), device=vectors.device).repeat_interleave(number)
+    sums = vectors.float().new_zeros(len(counts), vectors.shape[1]).index_add(0, rows, vectors.float())
+    return sums / number[:, None]

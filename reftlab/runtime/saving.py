@@ -17,7 +17,7 @@ from reftlab.store import Artifact, model_card, read_artifact, write_artifact
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["load", "save"]
+__all__ = ["load", "save", "signature_of"]
 
 _SAMPLED_TENSORS, _SAMPLED_NUMBERS = 16, 64
 
@@ -36,7 +36,7 @@ def save(bound: BoundModel, folder: str | Path) -> Path:
         ArtifactError: the folder holds other things than an artifact.
         GraphError: an intervention holds code (`Function`).
     """
-    facts = {"base_model": _signature(bound.model), **bound.facts}
+    facts = {"base_model": signature_of(bound.model), **bound.facts}
     parameters = sum(p.numel() for p in bound.interventions.parameters())
     card = model_card(bound.graph, facts, parameters)
     return write_artifact(folder, bound.graph, bound.interventions.state_dict(), facts, card)
@@ -94,7 +94,7 @@ def _load_state(bound: BoundModel, artifact: Artifact) -> None:
     bound.interventions.load_state_dict(artifact.state)
 
 
-def _signature(model: nn.Module) -> dict[str, Any]:
+def signature_of(model: nn.Module) -> dict[str, Any]:
     """What identifies a model: its shape by its configuration, its weights by a sample of them."""
     config = getattr(model, "config", None)
     name = getattr(model, "reftlab_name", None) or getattr(config, "_name_or_path", None)
@@ -103,6 +103,9 @@ def _signature(model: nn.Module) -> dict[str, Any]:
         value = getattr(config, key, None)
         if isinstance(value, str | int):
             signature[key] = value
+    parameter = next(model.parameters(), None)
+    if parameter is not None:
+        signature["dtype"] = str(parameter.dtype).removeprefix("torch.")
     if config is None:
         signature["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     signature["fingerprint"] = _fingerprint(model)
@@ -123,7 +126,7 @@ def _fingerprint(model: nn.Module) -> str:
 
 
 def _check_model(artifact: Artifact, model: nn.Module) -> None:
-    made_for, here = artifact.facts.get("base_model", {}), _signature(model)
+    made_for, here = artifact.facts.get("base_model", {}), signature_of(model)
     shape = ("model_type", "hidden_size", "num_hidden_layers", "parameters")
     differ = [key for key in shape if made_for.get(key) != here.get(key)]
     if differ:

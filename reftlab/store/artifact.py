@@ -33,7 +33,7 @@ from torch import Tensor
 from reftlab.errors import ArtifactError, GraphError
 from reftlab.graph import InterventionGraph, spec
 
-__all__ = ["FORMAT", "Artifact", "read_artifact", "write_artifact"]
+__all__ = ["FORMAT", "Artifact", "check_destination", "read_artifact", "write_artifact"]
 
 FORMAT = 1
 """Version of the folder's layout; a reader refuses a newer one."""
@@ -119,13 +119,13 @@ def read_artifact(folder: str | Path) -> Artifact:
     if not target.is_dir():
         raise ArtifactError(f"there is no artifact at {target}: no such folder")
     _refuse_foreign(target)
+    facts = _read_facts(target / FACTS) if (target / FACTS).is_file() else {}
     missing = [name for name in (GRAPH, TENSORS, FACTS) if not (target / name).is_file()]
     if missing:
         raise ArtifactError(
             f"{target} is not a whole artifact: {', '.join(missing)} is missing; save it again, or copy "
             "all of it"
         )
-    facts = _read_facts(target / FACTS)
     tensors = _read_tensors(target / TENSORS)
     _check_sums(target, facts.pop("files", {}))
     arguments = {n.removeprefix(_ARGUMENT): t for n, t in tensors.items() if n.startswith(_ARGUMENT)}
@@ -139,6 +139,15 @@ def read_artifact(folder: str | Path) -> Artifact:
 
 def _is_artifact(folder: Path) -> bool:
     return (folder / GRAPH).is_file() and (folder / FACTS).is_file()
+
+
+def check_destination(folder: str | Path) -> None:
+    """Refuse a folder that `write_artifact` would refuse, before the work that fills it.
+
+    Raises:
+        ArtifactError: it holds other things than an artifact.
+    """
+    _refuse_to_overwrite(Path(folder).expanduser().resolve())
 
 
 def _refuse_to_overwrite(target: Path) -> None:
@@ -275,7 +284,7 @@ def _keep_other_files(target: Path, building: Path) -> None:
     for entry in target.iterdir():
         if entry.name in (GRAPH, TENSORS, FACTS, CARD):
             continue
-        if entry.is_dir():
+        if entry.is_dir() and not entry.is_symlink():
             shutil.copytree(entry, building / entry.name, symlinks=True)
         else:
             shutil.copy2(entry, building / entry.name, follow_symlinks=False)

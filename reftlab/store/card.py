@@ -26,7 +26,7 @@ def model_card(graph: InterventionGraph, facts: Mapping[str, Any], parameters: i
         "---\nlibrary_name: reftlab\ntags: [interpretability, reft, intervention]\n"
         f"base_model: {json.dumps(name, ensure_ascii=False)}\n---",
         f"# Interventions on {name}",
-        "Made with [reftlab](https://pypi.org/project/reftlab/): edits of hidden vectors in a frozen model. "
+        "Made with reftlab: edits of hidden vectors in a frozen model. "
         "The model's own weights are not in here and are not changed.",
         _base_section(base),
         _edit_section(graph, parameters),

@@ -13,18 +13,22 @@ import safetensors
 import safetensors.torch
 from torch import nn
 
-from reftlab.errors import ArtifactError, DataError
+from reftlab.errors import ArtifactError, DataError, GraphError
+from reftlab.graph import InterventionGraph
 from reftlab.training.data import Encoded
 
 __all__ = [
     "COMPLETE",
     "digest",
+    "graph_digest",
     "latest",
     "load_interventions",
+    "plain",
     "refuse_other_settings",
     "save_interventions",
 ]
 
+_NEEDED = ("interventions.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 TENSORS, COMPLETE = "interventions.safetensors", "reftlab.json"
 
 
@@ -58,8 +62,13 @@ def load_interventions(interventions: nn.Module, folder: Path) -> None:
 
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end, or None."""
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    whole = [
+        path.parent
+        for path in folder.glob(f"checkpoint-*/{COMPLETE}")
+        if path.parent.name.removeprefix("checkpoint-").isdigit()
+        and all((path.parent / name).is_file() for name in _NEEDED)
+    ]
+    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
 
 def refuse_other_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None:
@@ -68,13 +77,30 @@ def refuse_other_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None
     Raises:
         DataError: a setting differs; the message names it and both values.
     """
-    before = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+    try:
+        before = dict(json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(f"{checkpoint / COMPLETE} is damaged; remove {checkpoint} and resume") from error
     for name, value in json.loads(json.dumps(settings)).items():
         if before.get(name) != value:
             raise DataError(
                 f"resume=True: {checkpoint} was trained with {name}={before.get(name)!r}, and now it is "
                 f"{value!r}; use the same, or another folder"
             )
+
+
+def graph_digest(graph: InterventionGraph) -> str:
+    """A short hash of a graph with every number in it; of its text where it holds code."""
+    try:
+        text = json.dumps(graph.to_dict())
+    except GraphError:
+        text = repr(graph)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def plain(value: Any) -> Any:
+    """A setting as JSON can hold it; anything unusual by its text."""
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
 def digest(encoded: Sequence[Encoded]) -> str:

@@ -50,6 +50,8 @@ def as_examples(data: Any) -> list[Example]:
     Raises:
         DataError: an entry is none of these; the message names it by number.
     """
+    if hasattr(data, "to_dict") and hasattr(data, "columns") and not isinstance(data, Mapping):
+        data = data.to_dict("records")  # a pandas frame
     if isinstance(data, str | Mapping) or not isinstance(data, Iterable):
         raise DataError(
             "examples must be a list, such as [('What is the sea like?', '🌊🐠🐚')], "

@@ -45,6 +45,8 @@ def answer_loss(
     tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise DataError("answer_loss needs a tokenizer: bind with one, or give tokenizer=")
+    if type(batch_size) is not int or batch_size < 1:
+        raise DataError(f"batch_size={batch_size!r}: expected a whole number of 1 or more")
     encoded = encode(tokenizer, with_answers(examples), **prompt_form(model, tokenizer, chat, system))
     return mean_loss(model, encoded, Collator.of(tokenizer, side), batch_size)
 

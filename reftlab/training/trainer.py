@@ -23,11 +23,14 @@ from transformers.utils import logging as transformers_logging
 import reftlab
 from reftlab.errors import DataError, RunError, did_you_mean
 from reftlab.runtime import BoundModel
+from reftlab.runtime.saving import signature_of
 from reftlab.training.checkpoints import (
     COMPLETE,
     digest,
+    graph_digest,
     latest,
     load_interventions,
+    plain,
     refuse_other_settings,
     save_interventions,
 )
@@ -105,6 +108,11 @@ def train(
     >>> result = train(reft, [("What is the sea like?", "🌊🐠🐚")], epochs=30)  # doctest: +SKIP
     """
     _check(reft, options, folder, resume)
+    epochs = _number("epochs", epochs, low=0.0, above=True)
+    learning_rate = _number("learning_rate", learning_rate, low=0.0)
+    weight_decay = _number("weight_decay", weight_decay, low=0.0)
+    warmup_steps = _number("warmup_steps", warmup_steps, low=0.0)
+    batch_size, seed = _whole("batch_size", batch_size, 1), _whole("seed", seed, 0)
     form = prompt_form(reft, reft.tokenizer, chat, system)
     collator = Collator.of(reft.tokenizer, side)
 
@@ -125,12 +133,22 @@ def train(
         **form,
         **options,
     }
-    identity = {**settings, "data": digest(encoded), "graph": repr(reft.graph)}
-    checkpoint = latest(Path(folder)) if resume and folder is not None else None
+    identity = {
+        **{name: plain(value) for name, value in settings.items()},
+        "data": digest(encoded),
+        "graph": graph_digest(reft.graph),
+        "model": signature_of(reft.model)["fingerprint"],
+    }
+    home = None if folder is None else Path(folder).expanduser()
+    checkpoint = latest(home) if resume and home is not None else None
+    if home is not None and checkpoint is None and any(home.glob("checkpoint-*")):
+        raise DataError(
+            f"folder={str(folder)!r} holds checkpoints already; give resume=True to go on, or another folder"
+        )
     if checkpoint is not None:
         refuse_other_settings(checkpoint, identity)
     with contextlib.ExitStack() as stack:
-        where = Path(folder) if folder is not None else stack.enter_context(_temporary_folder())
+        where = home if home is not None else stack.enter_context(_temporary_folder())
         stack.enter_context(_only_interventions_learn(reft))
         stack.enter_context(_own_randomness(reft.device))
         stack.enter_context(_quiet())
@@ -165,10 +183,15 @@ def train(
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         seconds = time.perf_counter() - started
+        for name, parameter in reft.interventions.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise RunError(
+                    f"the training left numbers in {name} that are not finite; lower learning_rate={learning_rate:g}"
+                )
     resumed = None if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     result = TrainResult(_history(trainer.state.log_history), trainer.state.global_step, seconds, resumed)
     reft.facts["training"] = {
-        **{name: value for name, value in settings.items() if value is not None},
+        **{name: plain(value) for name, value in settings.items() if value is not None},
         "steps": result.steps,
         "loss": result.loss,
         **({} if result.evaluation_loss is None else {"evaluation_loss": result.evaluation_loss}),
@@ -258,6 +281,20 @@ class _Watcher(TrainerCallback):
         self.bar.set_postfix_str(f"loss {loss:.4g}", refresh=state.global_step == state.max_steps)
 
 
+_OWN_NAMES = {
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "batch_size",
+    "lr_scheduler_type": "schedule",
+    "output_dir": "folder",
+    "resume_from_checkpoint": "resume",
+    "remove_unused_columns": "",
+    "label_names": "",
+    "disable_tqdm": "progress",
+}
+"""Arguments of `TrainingArguments` that `train` sets, with the names that they have there."""
+
+
 def _check(reft: BoundModel, options: Mapping[str, Any], folder: Any, resume: bool) -> None:
     if not isinstance(reft, BoundModel):
         raise DataError(f"train takes a bound model, graph.bind(model, tokenizer), not {type(reft).__name__}")
@@ -271,6 +308,16 @@ def _check(reft: BoundModel, options: Mapping[str, Any], folder: Any, resume: bo
             f"{type(reft.model).__name__} has no language-model loss; train needs a causal language model, "
             "such as AutoModelForCausalLM loads"
         )
+    if not isinstance(folder, str | Path | None) or str(folder or ".") == "" or folder == "":
+        raise DataError(f"folder={folder!r}: expected the path of a folder")
+    if folder is not None and Path(folder).expanduser().is_file():
+        raise DataError(f"folder={str(folder)!r} is a file; checkpoints need a folder")
+    disabled = sorted(reft._disabled)
+    if disabled:
+        raise RunError(f"train inside reft.disabled(): {', '.join(map(repr, disabled))} cannot learn there")
+    for name, own in _OWN_NAMES.items():
+        if name in options:
+            raise DataError(f"{name} is called {own} here" if own else f"{name} is reftlab's own matter")
     if resume and folder is None:
         raise DataError("resume=True needs the folder= that holds the checkpoints")
     known = [field.name for field in fields(TrainingArguments) if field.init]
@@ -280,6 +327,22 @@ def _check(reft: BoundModel, options: Mapping[str, Any], folder: Any, resume: bo
                 f"train has no argument {name!r}, and neither has transformers.TrainingArguments."
                 + did_you_mean(name, [*known, *inspect.signature(train).parameters])
             )
+
+
+def _number(name: str, value: Any, *, low: float, above: bool = False) -> float:
+    """Check that an argument is a finite number of at least `low`, or `above` it."""
+    value = value.item() if isinstance(value, np.generic) else value
+    right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not right or value < low or (above and value == low):
+        raise DataError(f"{name}={value!r}: expected a number {'above' if above else 'of at least'} {low:g}")
+    return value
+
+
+def _whole(name: str, value: Any, low: int) -> int:
+    value = value.item() if isinstance(value, np.generic) else value
+    if type(value) is not int or value < low:
+        raise DataError(f"{name}={value!r}: expected a whole number of {low} or more")
+    return value
 
 
 def _arguments(reft: BoundModel, folder: Path, settings: dict[str, Any]) -> TrainingArguments:
@@ -322,6 +385,9 @@ def _history(log: list[dict[str, float]]) -> tuple[TrainStep, ...]:
 @contextlib.contextmanager
 def _only_interventions_learn(reft: BoundModel) -> Iterator[None]:
     """Freeze the model inside a `with` block, and restore it and the training mode afterwards."""
+    config = getattr(reft.model, "config", None)
+    caches = getattr(config, "use_cache", None)
+    saving = bool(getattr(reft.model, "is_gradient_checkpointing", False))
     wanted = {parameter: parameter.requires_grad for parameter in reft.model.parameters()}
     modes = {module: module.training for module in reft.modules()}
     try:
@@ -331,6 +397,12 @@ def _only_interventions_learn(reft: BoundModel) -> Iterator[None]:
     finally:
         for parameter, requires_grad in wanted.items():
             parameter.requires_grad_(requires_grad)
+        if caches is not None:
+            config.use_cache = caches
+        if not saving and getattr(reft.model, "is_gradient_checkpointing", False):
+            reft.model.gradient_checkpointing_disable()
+            if hasattr(reft.model, "disable_input_require_grads"):
+                reft.model.disable_input_require_grads()
         for module, training in modes.items():
             module.training = training
         for parameter in reft.interventions.parameters():

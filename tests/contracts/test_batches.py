@@ -23,7 +23,6 @@ LENGTHS = (7, 3, 9)
 
 causal = pytest.mark.parametrize("any_model", [f for f in FAMILIES if f != "bert"], indirect=True)
 either_side = pytest.mark.parametrize("side", ["left", "right"])
-unmixed = [case for case in CASES if case.name != "Mean-source"]
 
 
 def bind(case: Case, model: PreTrainedModel, positions: str = "first(2)+last(2)") -> rl.BoundModel:
@@ -37,7 +36,7 @@ def bind(case: Case, model: PreTrainedModel, positions: str = "first(2)+last(2)"
     return reft
 
 
-@pytest.mark.parametrize("case", unmixed, ids=[case.name for case in unmixed])
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 @either_side
 def test_a_batch_of_mixed_lengths_equals_its_rows_one_by_one(
     any_model: PreTrainedModel, case: Case, side: str

@@ -172,7 +172,9 @@ def test_a_fixed_vector_is_part_of_the_state(llama: Any) -> None:
 def test_moving_and_casting_reach_model_and_interventions(llama: Any) -> None:
     reft = bound(copy_of(llama))
     assert reft.device == torch.device("cpu")
-    assert {p.dtype for p in reft.to(torch.float64).parameters()} == {torch.float64}
+    reft.to(torch.float64)
+    assert {p.dtype for p in reft.model.parameters()} == {torch.float64}
+    assert {p.dtype for p in reft.interventions.parameters()} == {torch.float32}
     with torch.no_grad():
         assert reft(**batch_of()).logits.dtype == torch.float64
     assert {p.device.type for p in graph().bind(copy_of(llama)).to("meta").parameters()} == {"meta"}

@@ -36,7 +36,7 @@ def edit(name: str = "edit", at: str = "blocks[1].output", **more: Any) -> rl.Ed
             rl.AddressError,
             r"edit 'edit': heads=\[9\].*there are 4",
         ),
-        (edit(heads=[0]), rl.AddressError, "no attention module with a head size"),
+        (edit(heads=[0]), rl.AddressError, "not one head after the other"),
         (edit(features=[99]), rl.AddressError, "99 is outside"),
         (edit(at="model.layers.output"), rl.BindError, "never called in a forward pass"),
         (edit(at="model.embed_tokens.input"), rl.BindError, r"holds torch\.int64 numbers"),

@@ -197,7 +197,7 @@ def test_generation_from_a_cache_that_holds_the_prompt_is_not_passed_over(llama:
     batch = batch_of((6,))
     with torch.no_grad():
         cache = llama(input_ids=batch["input_ids"][:, :-1], use_cache=True).past_key_values
-    with pytest.raises(rl.RunError, match="edit 'add' touched no token"):
+    with pytest.raises(rl.RunError, match="edit 'add' acts on tokens that past_key_values hold already"):
         bound(llama, "first").generate(**batch, past_key_values=cache, max_new_tokens=2)
 
 

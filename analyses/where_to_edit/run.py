@@ -41,7 +41,6 @@ def one_run(model, tokenizer, at: str, seed: int, **settings) -> tuple[dict, rl.
     row = {
         "seed": seed,
         "steps": result.steps,
-        "seconds": round(result.seconds),
         "loss": evaluation.loss,
         "exact": evaluation.exact,
         "only_emojis": sum(map(only_emojis, replies)),
@@ -72,11 +71,11 @@ def main() -> None:
     table = pd.DataFrame(rows)
     table.to_csv(HERE / "results.csv", index=False)
     lines = [
-        f"| where | seed | steps | seconds | loss | exact of {len(PAIRS)} | only emojis of {len(UNSEEN)} |",
-        "|---|---|---|---|---|---|---|",
+        f"| where | seed | steps | loss | exact of {len(PAIRS)} | only emojis of {len(UNSEEN)} |",
+        "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['where']} | {r['seed']} | {r['steps']} | {r['seconds']} | {r['loss']:.4f} | {r['exact']} "
+        f"| {r['where']} | {r['seed']} | {r['steps']} | {r['loss']:.4f} | {r['exact']} "
         f"| {r['only_emojis']} |"
         for r in rows
     ]

@@ -177,8 +177,8 @@ class Edit:
         if intervention.width is not None:
             raise GraphError(
                 f"{where}this {type(intervention).__name__} is built already, with parameters of its own, "
-                f"and a graph holds descriptions alone; give {intervention.describe()}, and copy the parameters "
-                "into the bound model"
+                f"and a graph holds descriptions alone; give {intervention.describe()}, and copy the "
+                "parameters into the bound model"
             )
         if source is not None and not isinstance(source, Read):
             raise GraphError(f"{where}source must be a Read, as in Read(run='corrupt'), not {source!r}")

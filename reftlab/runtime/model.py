@@ -407,8 +407,8 @@ class BoundModel(nn.Module):
         edits = [bound.key for bound in run.edits if bound.edit.phase == "prompt"]
         if edits:
             warnings.warn(
-                f"edit {edits[0]!r} acts on the prompt, which ended with the cache's first call, so it leaves "
-                "these further tokens out; where they belong to the prompt give all of it as prompt=",
+                f"edit {edits[0]!r} acts on the prompt, which ended with the cache's first call, so it "
+                "leaves these further tokens out; where they belong to the prompt give all of it as prompt=",
                 UntouchedEditWarning,
                 stacklevel=3,
             )

@@ -6,22 +6,17 @@ import contextlib
 import inspect
 import json
 import math
-import random
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 import transformers
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.utils import logging as transformers_logging
 
 import reftlab
-from reftlab.errors import DataError, RunError, did_you_mean
+from reftlab.errors import DataError, RunError
 from reftlab.runtime import BoundModel
 from reftlab.runtime.saving import signature_of
 from reftlab.training.checkpoints import (
@@ -39,6 +34,13 @@ from reftlab.training.data import Encoded, encode
 from reftlab.training.loss import mean_loss, with_answers
 from reftlab.training.replies import prompt_form
 from reftlab.training.result import TrainResult, TrainStep
+from reftlab.training.settings import check, number, whole
+from reftlab.training.surroundings import (
+    only_interventions_learn,
+    own_randomness,
+    quiet,
+    temporary_folder,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -107,12 +109,12 @@ def train(
 
     >>> result = train(reft, [("What is the sea like?", "🌊🐠🐚")], epochs=30)  # doctest: +SKIP
     """
-    _check(reft, options, folder, resume)
-    epochs = _number("epochs", epochs, low=0.0, above=True)
-    learning_rate = _number("learning_rate", learning_rate, low=0.0)
-    weight_decay = _number("weight_decay", weight_decay, low=0.0)
-    warmup_steps = _number("warmup_steps", warmup_steps, low=0.0)
-    batch_size, seed = _whole("batch_size", batch_size, 1), _whole("seed", seed, 0)
+    check(reft, options, folder, resume, inspect.signature(train).parameters)
+    epochs = number("epochs", epochs, low=0.0, above=True)
+    learning_rate = number("learning_rate", learning_rate, low=0.0)
+    weight_decay = number("weight_decay", weight_decay, low=0.0)
+    warmup_steps = number("warmup_steps", warmup_steps, low=0.0)
+    batch_size, seed = whole("batch_size", batch_size, 1), whole("seed", seed, 0)
     form = prompt_form(reft, reft.tokenizer, chat, system)
     collator = Collator.of(reft.tokenizer, side)
 
@@ -148,10 +150,10 @@ def train(
     if checkpoint is not None:
         refuse_other_settings(checkpoint, identity)
     with contextlib.ExitStack() as stack:
-        where = home if home is not None else stack.enter_context(_temporary_folder())
-        stack.enter_context(_only_interventions_learn(reft))
-        stack.enter_context(_own_randomness(reft.device))
-        stack.enter_context(_quiet())
+        where = home if home is not None else stack.enter_context(temporary_folder())
+        stack.enter_context(only_interventions_learn(reft))
+        stack.enter_context(own_randomness(reft.device))
+        stack.enter_context(quiet())
         watcher = _Watcher(progress)
         stack.callback(watcher.close)
         arguments = _arguments(
@@ -186,7 +188,8 @@ def train(
         for name, parameter in reft.interventions.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
                 raise RunError(
-                    f"the training left numbers in {name} that are not finite; lower learning_rate={learning_rate:g}"
+                    f"the training left numbers in {name} that are not finite; lower "
+                    f"learning_rate={learning_rate:g}"
                 )
     resumed = None if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     result = TrainResult(_history(trainer.state.log_history), trainer.state.global_step, seconds, resumed)
@@ -281,70 +284,6 @@ class _Watcher(TrainerCallback):
         self.bar.set_postfix_str(f"loss {loss:.4g}", refresh=state.global_step == state.max_steps)
 
 
-_OWN_NAMES = {
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "batch_size",
-    "per_device_eval_batch_size": "batch_size",
-    "lr_scheduler_type": "schedule",
-    "output_dir": "folder",
-    "resume_from_checkpoint": "resume",
-    "remove_unused_columns": "",
-    "label_names": "",
-    "disable_tqdm": "progress",
-}
-"""Arguments of `TrainingArguments` that `train` sets, with the names that they have there."""
-
-
-def _check(reft: BoundModel, options: Mapping[str, Any], folder: Any, resume: bool) -> None:
-    if not isinstance(reft, BoundModel):
-        raise DataError(f"train takes a bound model, graph.bind(model, tokenizer), not {type(reft).__name__}")
-    if reft.tokenizer is None:
-        raise DataError("train needs a tokenizer: graph.bind(model, tokenizer)")
-    if not any(parameter.requires_grad for parameter in reft.interventions.parameters()):
-        kinds = ", ".join(f"{e.name!r} ({type(e.intervention).__name__})" for e in reft.graph.edits) or "none"
-        raise RunError(f"nothing to train: no edit has trainable numbers; the edits are {kinds}")
-    if not getattr(reft.model, "can_generate", lambda: False)():
-        raise RunError(
-            f"{type(reft.model).__name__} has no language-model loss; train needs a causal language model, "
-            "such as AutoModelForCausalLM loads"
-        )
-    if not isinstance(folder, str | Path | None) or str(folder or ".") == "" or folder == "":
-        raise DataError(f"folder={folder!r}: expected the path of a folder")
-    if folder is not None and Path(folder).expanduser().is_file():
-        raise DataError(f"folder={str(folder)!r} is a file; checkpoints need a folder")
-    disabled = sorted(reft._disabled)
-    if disabled:
-        raise RunError(f"train inside reft.disabled(): {', '.join(map(repr, disabled))} cannot learn there")
-    for name, own in _OWN_NAMES.items():
-        if name in options:
-            raise DataError(f"{name} is called {own} here" if own else f"{name} is reftlab's own matter")
-    if resume and folder is None:
-        raise DataError("resume=True needs the folder= that holds the checkpoints")
-    known = [field.name for field in fields(TrainingArguments) if field.init]
-    for name in options:
-        if name not in known:
-            raise DataError(
-                f"train has no argument {name!r}, and neither has transformers.TrainingArguments."
-                + did_you_mean(name, [*known, *inspect.signature(train).parameters])
-            )
-
-
-def _number(name: str, value: Any, *, low: float, above: bool = False) -> float:
-    """Check that an argument is a finite number of at least `low`, or `above` it."""
-    value = value.item() if isinstance(value, np.generic) else value
-    right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not right or value < low or (above and value == low):
-        raise DataError(f"{name}={value!r}: expected a number {'above' if above else 'of at least'} {low:g}")
-    return value
-
-
-def _whole(name: str, value: Any, low: int) -> int:
-    value = value.item() if isinstance(value, np.generic) else value
-    if type(value) is not int or value < low:
-        raise DataError(f"{name}={value!r}: expected a whole number of {low} or more")
-    return value
-
-
 def _arguments(reft: BoundModel, folder: Path, settings: dict[str, Any]) -> TrainingArguments:
     try:
         arguments = TrainingArguments(
@@ -380,60 +319,3 @@ def _history(log: list[dict[str, float]]) -> tuple[TrainStep, ...]:
         if found:
             entries.setdefault(int(line["step"]), {"epoch": line["epoch"]}).update(found)
     return tuple(TrainStep(step=step, **entry) for step, entry in sorted(entries.items()))
-
-
-@contextlib.contextmanager
-def _only_interventions_learn(reft: BoundModel) -> Iterator[None]:
-    """Freeze the model inside a `with` block, and restore it and the training mode afterwards."""
-    config = getattr(reft.model, "config", None)
-    caches = getattr(config, "use_cache", None)
-    saving = bool(getattr(reft.model, "is_gradient_checkpointing", False))
-    wanted = {parameter: parameter.requires_grad for parameter in reft.model.parameters()}
-    modes = {module: module.training for module in reft.modules()}
-    try:
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, requires_grad in wanted.items():
-            parameter.requires_grad_(requires_grad)
-        if caches is not None:
-            config.use_cache = caches
-        if not saving and getattr(reft.model, "is_gradient_checkpointing", False):
-            reft.model.gradient_checkpointing_disable()
-            if hasattr(reft.model, "disable_input_require_grads"):
-                reft.model.disable_input_require_grads()
-        for module, training in modes.items():
-            module.training = training
-        for parameter in reft.interventions.parameters():
-            parameter.grad = None
-
-
-@contextlib.contextmanager
-def _own_randomness(device: torch.device) -> Iterator[None]:
-    """Seed inside a `with` block without changing the caller's random numbers."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [device] if device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' notices about its own defaults out of the user's way."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-
-
-@contextlib.contextmanager
-def _temporary_folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="reftlab-") as folder:
-        yield Path(folder)

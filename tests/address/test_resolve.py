@@ -136,7 +136,9 @@ def test_a_module_with_an_aliases_name_wins() -> None:
 
 
 def test_an_alias_on_an_unknown_family_names_the_known_ones() -> None:
-    with pytest.raises(AddressError, match=r"no entry for 'Linear'.*bert, gemma3_text, gpt2, llama, qwen3"):
+    with pytest.raises(
+        AddressError, match=r"no entry for 'Linear'.*bert, gemma3, gemma3_text, gpt2, llama, qwen3"
+    ):
         resolve(parse_path("blocks[0].output"), nn.Linear(2, 2))
 
 

@@ -223,3 +223,71 @@ def test_a_result_can_be_looked_at(reft):
     assert list(axes.lines[0].get_ydata()) == result.to_frame()["loss"].dropna().tolist()
     assert "6 steps" in repr(result)
     assert "evaluation_loss" in result._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", 0),
+        ("epochs", -3),
+        ("epochs", "many"),
+        ("epochs", math.nan),
+        ("learning_rate", math.inf),
+        ("learning_rate", "4e-3"),
+        ("learning_rate", -1),
+        ("batch_size", 0),
+        ("batch_size", 1.5),
+        ("seed", -1),
+        ("seed", "x"),
+        ("weight_decay", math.nan),
+        ("warmup_steps", "some"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named_with_its_value(reft, users_call, name, value):
+    with pytest.raises(rl.DataError, match=f"{name}={value!r}: expected a"):
+        rl.train(reft, PAIRS, **{name: value})
+
+
+def test_settings_may_be_numbers_of_numpy_and_are_saved_as_plain_ones(reft, tmp_path, users_call):
+    rl.train(reft, PAIRS, epochs=np.int64(1), learning_rate=np.float32(1e-3), progress=False)
+    reft.save(tmp_path / "artifact")
+    assert reft.facts["training"]["epochs"] == 1
+
+
+def test_names_of_the_trainer_that_have_others_here_are_pointed_to(reft):
+    with pytest.raises(rl.DataError, match="num_train_epochs is called epochs here"):
+        rl.train(reft, PAIRS, num_train_epochs=3)
+
+
+def test_a_folder_with_checkpoints_is_not_written_over(tmp_path):
+    rl.train(bind(), PAIRS, epochs=1, folder=tmp_path, **SETTINGS)
+    with pytest.raises(rl.DataError, match="holds checkpoints already; give resume=True"):
+        rl.train(bind(), PAIRS, epochs=2, folder=tmp_path, **SETTINGS)
+    (tmp_path / "file").touch()
+    with pytest.raises(rl.DataError, match="is a file"):
+        rl.train(bind(), PAIRS, folder=tmp_path / "file", **SETTINGS)
+
+
+def test_a_checkpoint_belongs_to_one_model_and_to_every_number_of_its_graph(tmp_path):
+    edits = [
+        [rl.Edit("add", at="blocks[0].output", intervention=rl.Add([float(k)] * 32)), *make_graph()]
+        for k in (0, 1)
+    ]
+    first, second = (bind(rl.InterventionGraph(*nodes)) for nodes in edits)
+    rl.train(first, PAIRS, epochs=1, folder=tmp_path, **SETTINGS)
+    with pytest.raises(rl.DataError, match="graph="):
+        rl.train(second, PAIRS, epochs=1, folder=tmp_path, resume=True, **SETTINGS)
+    with torch.no_grad():
+        first.model.lm_head.weight.mul_(5)
+    with pytest.raises(rl.DataError, match="model="):
+        rl.train(first, PAIRS, epochs=1, folder=tmp_path, resume=True, **SETTINGS)
+
+
+def test_nothing_can_be_trained_while_it_is_disabled_and_the_model_keeps_its_settings(reft):
+    with reft.disabled("colour"), pytest.raises(rl.RunError, match="'colour' cannot learn there"):
+        rl.train(reft, PAIRS, **SETTINGS)
+    reft.model.config.use_cache = True
+    rl.train(reft, PAIRS, epochs=1, gradient_checkpointing=True, **SETTINGS)
+    assert reft.model.config.use_cache is True
+    assert not reft.model.is_gradient_checkpointing
+    assert not any(module._forward_hooks for module in reft.modules())

@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from reftlab.errors import RunError
 
-__all__ = ["OwnedHooks", "StopForward"]
+__all__ = ["OwnedHooks", "StopForward", "turn_of"]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 OnInput = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Arguments | None]
@@ -36,6 +36,16 @@ class StopForward(BaseException):
 
     Not an `Exception`, so that a model that catches those does not swallow it.
     """
+
+
+_turns: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_making_turns = threading.Lock()
+
+
+def turn_of(model: nn.Module) -> threading.RLock:
+    """The lock of a model: threads that put hooks on it do so one after the other."""
+    with _making_turns:
+        return _turns.setdefault(model, threading.RLock())
 
 
 class OwnedHooks:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from reftlab.errors import BindError, RunError, UntouchedEditWarning, did_you_mean
+from reftlab.errors import BindError, RunError, did_you_mean
 from reftlab.graph import BASE, InterventionGraph, Read
 from reftlab.interventions import Intervention
 from reftlab.runtime.bind import BoundEdit, BoundRead, Interventions, bind_nodes, bind_reads
 from reftlab.runtime.calls import Calls, past_length
-from reftlab.runtime.hooks import StopForward
+from reftlab.runtime.hooks import StopForward, turn_of
 from reftlab.runtime.reading import Reading, ReadValues
 from reftlab.runtime.run import Run
 from reftlab.runtime.window import Layout, Selection
@@ -129,10 +128,9 @@ class BoundModel(nn.Module):
         continues = prompt is not None or past > 0
         output = self._call(run, self.model, args, kwargs)
         self._calls.remember(output, layout, continues)
-        self._check_touched(run, continues)
         window = self._calls.window(args, kwargs)
-        if past and prompt is None and window is not None and window[2] - window[1] > 1:
-            self._warn_of_second_prompt(run)
+        further = past > 0 and prompt is None and window is not None and window[2] - window[1] > 1
+        run.check_touched(continues, further)
         return output
 
     def generate(
@@ -379,11 +377,11 @@ class BoundModel(nn.Module):
     def _call(self, run: Run, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         built_ones = (self.interventions[bound.key] for bound in run.edits)
         prepared = [built for built in built_ones if isinstance(built, Intervention)]
-        for built in prepared:
-            built.prepare()
-        with run.hooks() as hooks:
+        with turn_of(self.model), run.hooks() as hooks:
             hooks.on_input(self.model, self._window_mover(run), first=True)
             try:
+                for built in prepared:
+                    built.prepare()
                 output = call(*args, **kwargs)
                 hooks.hold(output)
             except StopForward:
@@ -402,30 +400,6 @@ class BoundModel(nn.Module):
                 run.move_window(*window)
 
         return act
-
-    def _warn_of_second_prompt(self, run: Run) -> None:
-        edits = [bound.key for bound in run.edits if bound.edit.phase == "prompt"]
-        if edits:
-            warnings.warn(
-                f"edit {edits[0]!r} acts on the prompt, which ended with the cache's first call, so it "
-                "leaves these further tokens out; where they belong to the prompt give all of it as prompt=",
-                UntouchedEditWarning,
-                stacklevel=3,
-            )
-
-    def _check_touched(self, run: Run, continues: bool) -> None:
-        """Say so where a pass left an edit out, other than a pass over a part that lacks its tokens."""
-        for bound in run.edits:
-            if run.touched[bound.key] or (continues and not run.expects(bound)):
-                continue
-            if bound.edit.phase != "decode":
-                raise RunError(f"edit {bound.key!r} touched no token: {bound.site} did not run in this call")
-            warnings.warn(
-                f"edit {bound.key!r} has phase 'decode' and this call has no generated tokens: it has no "
-                "labels and continues no cache",
-                UntouchedEditWarning,
-                stacklevel=3,
-            )
 
 
 def _placed(read: str | Read, positions: Any) -> Read:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from reftlab.address import head_name
-from reftlab.errors import InterventionError, PositionError, RunError
+from reftlab.errors import InterventionError, PositionError, RunError, UntouchedEditWarning
 from reftlab.interventions import Intervention
 from reftlab.runtime.bind import BoundEdit, BoundRead
 from reftlab.runtime.hooks import OwnedHooks, StopForward
@@ -132,6 +133,32 @@ class Run:
     def _maybe_stop(self) -> None:
         if self._stop_early and not self._missing:
             raise StopForward
+
+    def check_touched(self, continues: bool, further: bool) -> None:
+        """Say so where a pass left an edit out, other than a pass over a part that lacks its tokens.
+
+        Args:
+            continues: whether the pass covers a part of its sequence, or continues a cache.
+            further: whether it continues a cache with several tokens that no `prompt=` accounts for.
+
+        Raises:
+            RunError: an edit of the prompt was not reached.
+        """
+        for bound in self.edits:
+            reached = self.touched[bound.key] or (continues and not self.expects(bound))
+            if not reached and bound.edit.phase != "decode":
+                raise RunError(f"edit {bound.key!r} touched no token: {bound.site} did not run in this call")
+            if not reached:
+                _warn(
+                    f"edit {bound.key!r} has phase 'decode' and this call has no generated tokens: it has no "
+                    "labels and continues no cache"
+                )
+            elif further and bound.edit.phase == "prompt":
+                _warn(
+                    f"edit {bound.key!r} acts on the prompt, which ended with the cache's first call, so it "
+                    "leaves these further tokens out; where they belong to the prompt, give all of it as "
+                    "prompt="
+                )
 
     def starts_before(self, node: BoundEdit, column: int) -> bool:
         """Whether an edit chooses a prompt token that stands before a column."""
@@ -280,3 +307,8 @@ def _row_means(vectors: Tensor, counts: list[int]) -> Tensor:
     rows = torch.arange(len(counts), device=vectors.device).repeat_interleave(number)
     sums = vectors.float().new_zeros(len(counts), vectors.shape[1]).index_add(0, rows, vectors.float())
     return sums / number[:, None]
+
+
+def _warn(message: str) -> None:
+    # Past this function, the check, the bound model's forward, and torch's two steps around it.
+    warnings.warn(message, UntouchedEditWarning, stacklevel=6)

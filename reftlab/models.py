@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,21 +89,28 @@ def _embedded() -> str:
 def _quiet() -> Iterator[None]:
     """Without the libraries' progress bars and notices, and with their settings restored afterwards."""
     from huggingface_hub.utils import logging as hub_logging
+    from transformers import modeling_gguf_pytorch_utils
     from transformers.utils import logging
+
+    reader: Any = modeling_gguf_pytorch_utils
 
     bars, level, hub_level = (
         logging.is_progress_bar_enabled(),
         logging.get_verbosity(),
         hub_logging.get_verbosity(),
     )
+    # The GGUF reader's bar heeds no setting.
+    bar = getattr(reader, "tqdm", None)
+    if bar is not None:
+        reader.tqdm = functools.partial(bar, disable=True)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     try:
-        # The bar of the GGUF reader cannot be switched off; it finds the error stream when it starts.
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
+        yield
     finally:
+        if bar is not None:
+            reader.tqdm = bar
         logging.set_verbosity(level)
         hub_logging.set_verbosity(hub_level)
         if bars:

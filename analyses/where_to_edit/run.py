@@ -75,8 +75,7 @@ def main() -> None:
         "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['where']} | {r['seed']} | {r['steps']} | {r['loss']:.4f} | {r['exact']} "
-        f"| {r['only_emojis']} |"
+        f"| {r['where']} | {r['seed']} | {r['steps']} | {r['loss']:.4f} | {r['exact']} | {r['only_emojis']} |"
         for r in rows
     ]
     (HERE / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from reftlab.graph.layout import LINE, Mark, Measure, Sheet, lay_out, shown
 from reftlab.graph.nodes import BASE, Edit, Read
-from reftlab.plotting.style import BLACK, BLUE, FONT, GREEN, ORANGE, PURPLE, VERMILLION
+from reftlab.plotting.style import BLACK, BLUE, FONT, GREEN, ORANGE, PURPLE, VERMILLION, InlineFigure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,9 +47,8 @@ def draw_graph(graph: InterventionGraph, layers: int | None = None) -> Figure:
         `read:label` or `supply:edit`, its arrows `flow:edit`, each lane `lane:run`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    figure = Figure(dpi=_DPI)
+    figure = InlineFigure(dpi=_DPI)
     layout = lay_out(graph, layers, _measure(FigureCanvasAgg(figure).get_renderer()))
     sheet, placed = layout.sheet, Placed()
     axes = figure.add_axes((0, 0, 1, 1))

@@ -261,7 +261,7 @@ class Edit:
         return f"edit {self.name}"
 
     def __repr__(self) -> str:
-        parts = [repr(self.name), f"at='{self.at}'", f'positions="{self.positions}"']
+        parts = [repr(self.name), f"at={str(self.at)!r}", f"positions={str(self.positions)!r}"]
         parts.append(f"intervention={self.intervention.describe()}")
         parts += [f"run={self.run!r}"] if self.run != BASE else []
         parts += [f"source={self.source!r}"] if self.source is not None else []

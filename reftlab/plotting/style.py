@@ -7,6 +7,7 @@ and no window opens.
 from __future__ import annotations
 
 import functools
+import io
 import unicodedata
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["BLACK", "BLUE", "FONT", "GREEN", "GREY", "ORANGE", "PURPLE", "SKY", "VERMILLION", "YELLOW"]
-__all__ += ["drawable", "empty_figure", "frame", "message_figure", "with_glyphs"]
+__all__ += ["InlineFigure", "drawable", "empty_figure", "frame", "message_figure", "with_glyphs"]
 
 BLACK, GREY = "#222222", "#8A8A8A"
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
@@ -30,9 +31,18 @@ FONT = "DejaVu Sans"
 _UNSEEN = {"\ufe0f": "", "\ufe0e": "", "\u200d": "+"}
 
 
+class InlineFigure(Figure):
+    """A figure that notebooks show without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        data = io.BytesIO()
+        self.savefig(data, format="png")
+        return data.getvalue()
+
+
 def empty_figure(width: float, height: float) -> Figure:
     """A blank figure, in inches, whose parts make room for each other."""
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white", dpi=130)
+    return InlineFigure(figsize=(width, height), layout="constrained", facecolor="white", dpi=130)
 
 
 def frame(

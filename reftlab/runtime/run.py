@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from reftlab.address import head_name
+from reftlab.address import Position, head_name
 from reftlab.errors import InterventionError, PositionError, RunError, UntouchedEditWarning
 from reftlab.interventions import Intervention
 from reftlab.runtime.bind import BoundEdit, BoundRead
@@ -72,7 +72,7 @@ class Run:
         self.results: dict[str, tuple[Tensor, Selection]] = {}
         self.touched: dict[str, int] = {edit.key: 0 for edit in edits}
         self._visited: set[int] = set()
-        self._selections: dict[tuple[int, int], Selection] = {}
+        self._selections: dict[tuple[Position, str, int], Selection] = {}
         self._frames: dict[tuple[int, int], _Frame] = {}
         self._missing = {read.label for read in reads} if stop_early else set()
         self._stop_early = stop_early
@@ -271,10 +271,11 @@ class Run:
 
     def _selection(self, node: BoundEdit | BoundRead, layout: Layout) -> Selection:
         """All the tokens of the layout that a node chooses."""
-        key = (id(node), id(layout))
+        positions = node.edit.positions if isinstance(node, BoundEdit) else node.positions
+        phase = node.edit.phase if isinstance(node, BoundEdit) else "prompt"
+        # Shared by all nodes of the same positions: thirty edits of the last token look it up once.
+        key = (positions, phase, id(layout))
         if key not in self._selections:
-            positions = node.edit.positions if isinstance(node, BoundEdit) else node.positions
-            phase = node.edit.phase if isinstance(node, BoundEdit) else "prompt"
             try:
                 self._selections[key] = layout.select(positions, phase, self.tokenizer)
             except PositionError as error:

@@ -23,7 +23,7 @@ def only_interventions_learn(reft: BoundModel) -> Iterator[None]:
     """Freeze the model inside a `with` block, and restore it and the training mode afterwards."""
     config: Any = getattr(reft.model, "config", None)
     caches = getattr(config, "use_cache", None)
-    saving = bool(getattr(reft.model, "is_gradient_checkpointing", False))
+    saving = _saves_activations(reft.model)
     wanted = {parameter: parameter.requires_grad for parameter in reft.model.parameters()}
     modes = {module: module.training for module in reft.modules()}
     try:
@@ -35,14 +35,21 @@ def only_interventions_learn(reft: BoundModel) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
         if caches is not None:
             config.use_cache = caches
-        if not saving and getattr(reft.model, "is_gradient_checkpointing", False):
-            reft.model.gradient_checkpointing_disable()
+        if not saving and _saves_activations(reft.model):
+            newer = getattr(reft.model, "activation_checkpointing_disable", None)
+            (newer or reft.model.gradient_checkpointing_disable)()
             if hasattr(reft.model, "disable_input_require_grads"):
                 reft.model.disable_input_require_grads()
         for module, training in modes.items():
             module.training = training
         for parameter in reft.interventions.parameters():
             parameter.grad = None
+
+
+def _saves_activations(model: Any) -> bool:
+    """Whether gradient checkpointing is on, by its name in newer and older versions of transformers."""
+    newer = getattr(model, "is_activation_checkpointing", None)
+    return bool(getattr(model, "is_gradient_checkpointing", False) if newer is None else newer)
 
 
 @contextlib.contextmanager

@@ -138,7 +138,7 @@ def test_nodes_print_as_they_are_written() -> None:
         positions="last", intervention=rl.Swap(), source=Read(run="other"), features=slice(0, 4), strength=0.5
     )
     assert repr(node) == (
-        "Edit('edit', at='h[0].output', positions=\"last\", intervention=Swap(), source=Read(run='other'), "
+        "Edit('edit', at='h[0].output', positions='last', intervention=Swap(), source=Read(run='other'), "
         "features 0:4, strength=0.5)"
     )
     assert (

@@ -97,7 +97,7 @@ def only_emojis(text: str) -> bool:
     >>> only_emojis("🌊🐠🐚"), only_emojis("🌊 fish"), only_emojis("")
     (True, False, False)
     """
-    return bool(text) and emoji.purely_emoji(text)
+    return emoji.emoji_count(text) > 0 and emoji.purely_emoji(text)
 
 
 def run(

@@ -21,7 +21,9 @@ from reftlab.demo import PAIRS, UNSEEN, only_emojis, run
         ("7", False),
         ("🌊\ufffd", False),
         ("^", False),
-        ("©", False),
+        ("■", False),
+        ("♪", False),
+        ("1️⃣", True),
         ("\ufe0f", False),
     ],
 )

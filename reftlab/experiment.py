@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from reftlab.errors import ConfigError, GraphError, did_you_mean
 from reftlab.graph import InterventionGraph
+from reftlab.graph.spec import parse_yaml
 from reftlab.models import EMBEDDED, load_model
 from reftlab.runtime import BoundModel, load
 from reftlab.store import check_destination
@@ -156,10 +156,10 @@ class Experiment(_Strict):
         """
         file = Path(path)
         try:
-            data = yaml.safe_load(file.read_text(encoding="utf-8"))
+            data = parse_yaml(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file} cannot be read: {error}") from error
-        except yaml.YAMLError as error:
+        except GraphError as error:
             raise ConfigError(f"{file} is not well-formed YAML: {' '.join(str(error).split())}") from error
         if not isinstance(data, dict):
             raise ConfigError(f"{file} must hold fields such as 'graph:' and 'data:', not {data!r}")

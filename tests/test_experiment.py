@@ -64,6 +64,15 @@ def test_fine_tune_is_bind_and_train_with_the_same_seeds(model_folder, tmp_path)
     assert [outcome.answer for outcome in evaluation.outcomes] == [answer for _, answer in PAIRS[:2]]
 
 
+def test_a_configuration_or_a_graph_that_says_a_thing_twice_is_refused(tmp_path):
+    (tmp_path / "c.yaml").write_text("data: []\nseed: 1\nseed: 2\n", encoding="utf-8")
+    with pytest.raises(rl.ConfigError, match="the key 'seed' stands twice"):
+        rl.Experiment.from_yaml(tmp_path / "c.yaml")
+    twice = make_graph().to_yaml().replace("  positions: last", "  positions: first\n  positions: last")
+    with pytest.raises(rl.GraphError, match="the key 'positions' stands twice"):
+        rl.InterventionGraph.from_yaml(twice)
+
+
 def test_an_unknown_training_argument_is_refused_before_training(model_folder):
     experiment = rl.Experiment.from_dict(
         {"model": model_folder, "graph": GRAPH, "data": [["who", "red"]], "training": {"epoch": 3}}

@@ -207,6 +207,7 @@ _Dumper.add_representer(list, _represent_list)
 
 
 def to_yaml(data: Mapping[str, Any]) -> str:
+    """Write what `graph_to_dict` made as YAML, lists of numbers on one line."""
     return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
@@ -214,9 +215,24 @@ def to_json(data: Mapping[str, Any]) -> str:
     return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: list[Any] = []
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
+            seen.append(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def parse_yaml(text: str | Path) -> Any:
+    """Read YAML that says nothing twice; anything else raises `GraphError`."""
     try:
-        return yaml.safe_load(_text(text))
+        return yaml.load(_text(text), Loader=_Loader)
     # PyYAML lets its constructors' own errors through: a date that does not exist is a ValueError,
     # `!!bool x` a KeyError, `!!timestamp x` an AttributeError, deep brackets a RecursionError.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
@@ -224,6 +240,7 @@ def parse_yaml(text: str | Path) -> Any:
 
 
 def parse_json(text: str | Path) -> Any:
+    """Read JSON; anything else raises `GraphError`."""
     try:
         return json.loads(_text(text))
     except (ValueError, RecursionError) as error:

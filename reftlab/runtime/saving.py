@@ -36,6 +36,8 @@ def save(bound: BoundModel, folder: str | Path) -> Path:
         ArtifactError: the folder holds other things than an artifact.
         GraphError: an intervention holds code (`Function`).
     """
+    if not isinstance(folder, str | Path) or not str(folder).strip() or "\0" in str(folder):
+        raise ArtifactError(f"save({folder!r}): expected the path of a folder")
     facts = {"base_model": signature_of(bound.model), **bound.facts}
     parameters = sum(p.numel() for p in bound.interventions.parameters())
     card = model_card(bound.graph, facts, parameters)

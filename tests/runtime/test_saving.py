@@ -204,6 +204,12 @@ def test_an_intervention_of_the_users_own_is_saved_and_needs_its_class_to_load(m
         load(tmp_path / "a", model, tokenizer)
 
 
+@pytest.mark.parametrize("folder", [None, 5, "", " ", "a\0b"])
+def test_a_folder_that_is_none_is_refused(bound, folder, users_call):
+    with pytest.raises(ArtifactError, match="expected the path of a folder"):
+        bound.save(folder)
+
+
 def test_an_argument_that_cannot_be_written_is_named(model, tokenizer, tmp_path):
     class WithObject(Intervention):
         def __init__(self, thing=None):

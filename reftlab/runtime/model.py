@@ -168,15 +168,22 @@ class BoundModel(nn.Module):
         layout = Layout.of(named, causal=False, open=True)
         if layout is None:
             raise RunError("generate needs input_ids or inputs_embeds, (row, token)")
-        run = self._run(BASE, layout, vectors)
+        run, past = self._run(BASE, layout, vectors), past_length(named)
         for bound in () if self._calls.knows_cache(named) else run.edits:
-            if run.starts_before(bound, past_length(named)):
+            if run.starts_before(bound, past):
                 raise RunError(
                     f"edit {bound.key!r} acts on tokens that past_key_values hold already, and this bound "
                     "model did not make them; generate without past_key_values"
                 )
         with torch.no_grad():
-            return self._call(run, self.model.generate, args, kwargs)
+            output = self._call(run, self.model.generate, args, kwargs)
+        for bound in run.edits:
+            if past == 0 and bound.edit.phase != "decode" and not run.touched[bound.key]:
+                raise RunError(
+                    f"edit {bound.key!r} touched no token: generation did not run {bound.site} on "
+                    f"{bound.edit.positions}"
+                )
+        return output
 
     def read(
         self,

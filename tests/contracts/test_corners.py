@@ -80,6 +80,13 @@ def test_logits_can_be_edited_where_only_the_last_are_made(any_model: Any) -> No
     assert torch.equal(reft.generate(**batch, **options)[:, -1], bare.logits[0].argmin(-1))
 
 
+@torch.no_grad()
+def test_logits_that_generation_does_not_make_are_not_passed_over(llama: Any) -> None:
+    reft = bound(llama, "first", at="unembed", intervention=rl.Zero())
+    with pytest.raises(rl.RunError, match="edit 'edit' touched no token"):
+        reft.generate(**batch_of((6, 6)), max_new_tokens=2)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_basis_is_never_older_than_its_weights(llama: Any, fused: bool) -> None:
     reft, batch = bound(copy_of(llama), intervention=rl.LoReFT(rank=2)), batch_of((6, 6))

@@ -10,20 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from reftlab.runtime.calls import continues_texts
+from reftlab.runtime.window import IGNORED_LABEL
 from reftlab.training.collate import Collator
-from reftlab.training.data import IGNORED_LABEL, Encoded
+from reftlab.training.data import Encoded
 
 if TYPE_CHECKING:
     from reftlab.runtime import BoundModel
 
-__all__ = ["accepted", "batches", "continues_texts", "evaluating"]
+__all__ = ["accepted", "batches", "evaluating"]
 
 _TOKENS_A_BATCH = 2048
-
-
-def continues_texts(model: nn.Module) -> bool:
-    """Whether the model is a causal one that can be asked for an answer."""
-    return bool(getattr(model, "can_generate", lambda: False)())
 
 
 def batches(reft: BoundModel, encoded: list[Encoded], sources: Any) -> list[dict[str, Tensor]]:

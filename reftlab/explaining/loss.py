@@ -11,8 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reftlab.runtime.window import Layout
-from reftlab.training.data import IGNORED_LABEL
+from reftlab.runtime.window import IGNORED_LABEL, Layout
 
 if TYPE_CHECKING:
     from reftlab.runtime import BoundModel

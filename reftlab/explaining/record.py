@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from reftlab.explaining.inputs import continues_texts
 from reftlab.explaining.tokens import Lens
 from reftlab.explaining.vectors import EditVectors
 from reftlab.graph import BASE
 from reftlab.interventions import Intervention
+from reftlab.runtime.calls import continues_texts
 from reftlab.runtime.leaf import get_input
 from reftlab.runtime.window import Layout
 

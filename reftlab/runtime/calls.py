@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from reftlab.errors import RunError
 from reftlab.runtime.window import Layout
 
-__all__ = ["Calls", "past_length"]
+__all__ = ["Calls", "continues_texts", "past_length"]
 
 
 class Calls:
@@ -46,7 +46,7 @@ class Calls:
         """
         # An encoder-decoder's labels belong to the decoder, whose tokens are not these.
         coupled = bool(getattr(getattr(self._model, "config", None), "is_encoder_decoder", False))
-        causal = not coupled and bool(getattr(self._model, "can_generate", lambda: False)())
+        causal = not coupled and continues_texts(self._model)
         if prompt is not None:
             layout = Layout.of(prompt, causal=causal, open=True) if isinstance(prompt, Mapping) else None
             if layout is None:
@@ -113,6 +113,11 @@ class Calls:
         if pad is None or pad in ends or not bool((ids == pad).any()):
             return torch.ones_like(ids)
         return (ids != pad).long()
+
+
+def continues_texts(model: nn.Module) -> bool:
+    """Whether the model is one that can be asked for an answer."""
+    return bool(getattr(model, "can_generate", lambda: False)())
 
 
 def past_length(named: Mapping[str, Any]) -> int:

@@ -23,7 +23,7 @@ from reftlab.graph import Phase
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Layout", "Selection"]
+__all__ = ["IGNORED_LABEL", "Layout", "Selection"]
 
 IGNORED_LABEL = -100
 """The label of tokens that the loss leaves out, as in torch and transformers."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from reftlab.errors import DataError
-from reftlab.training.data import IGNORED_LABEL, Encoded
+from reftlab.runtime.window import IGNORED_LABEL
+from reftlab.training.data import Encoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from reftlab.errors import DataError
+from reftlab.runtime.window import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Encoded", "Example", "as_examples", "encode", "format_prompt"]
-
-IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)

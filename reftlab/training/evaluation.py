@@ -6,10 +6,10 @@ import html
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from reftlab.errors import DataError
 from reftlab.training.data import as_examples
 from reftlab.training.loss import answer_loss
 from reftlab.training.replies import reply
+from reftlab.training.settings import whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,8 +95,7 @@ def evaluate(
     >>> evaluate(reft, [("What is the sea like?", "🌊🐠🐚")])  # doctest: +SKIP
     Evaluation(1 replies, 1 of 1 exact, answer loss 0.0072 nats a token)
     """
-    if type(batch_size) is not int or batch_size < 1:
-        raise DataError(f"batch_size={batch_size!r}: expected a whole number of 1 or more")
+    batch_size = whole("batch_size", batch_size, 1)
     read = as_examples(examples)
     form: dict[str, Any] = {"chat": chat, "system": system}
     replies: list[str] = []

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from reftlab.errors import DataError
+from reftlab.runtime.window import IGNORED_LABEL
 from reftlab.training.collate import Collator
-from reftlab.training.data import IGNORED_LABEL, Encoded, as_examples, encode
+from reftlab.training.data import Encoded, as_examples, encode
 from reftlab.training.replies import prompt_form
+from reftlab.training.settings import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,8 +47,7 @@ def answer_loss(
     tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise DataError("answer_loss needs a tokenizer: bind with one, or give tokenizer=")
-    if type(batch_size) is not int or batch_size < 1:
-        raise DataError(f"batch_size={batch_size!r}: expected a whole number of 1 or more")
+    batch_size = whole("batch_size", batch_size, 1)
     encoded = encode(tokenizer, with_answers(examples), **prompt_form(model, tokenizer, chat, system))
     return mean_loss(model, encoded, Collator.of(tokenizer, side), batch_size)
 

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from reftlab.errors import DataError, RunError, did_you_mean
 from reftlab.runtime import BoundModel
+from reftlab.runtime.calls import continues_texts
 
 __all__ = ["check", "number", "whole"]
 
@@ -52,7 +53,7 @@ def check(
     if not any(parameter.requires_grad for parameter in reft.interventions.parameters()):
         kinds = ", ".join(f"{e.name!r} ({type(e.intervention).__name__})" for e in reft.graph.edits) or "none"
         raise RunError(f"nothing to train: no edit has trainable numbers; the edits are {kinds}")
-    if not getattr(reft.model, "can_generate", lambda: False)():
+    if not continues_texts(reft.model):
         raise RunError(
             f"{type(reft.model).__name__} has no language-model loss; train needs a causal language model, "
             "such as AutoModelForCausalLM loads"

@@ -27,8 +27,8 @@ _HOMES = {
         "UntouchedEditWarning",
     ),
     "reftlab.address": (
-        "After", "All", "First", "Indices", "Last", "Position", "Span", "Token", "Union",
-        "parse_path", "parse_position", "portable_names",
+        "After", "All", "Every", "First", "Generated", "Given", "Indices", "Joined", "Last", "PerRow",
+        "Position", "Span", "Token", "Union", "parse_path", "parse_position", "portable_names",
     ),
     "reftlab.interventions": (
         "Add", "Clamp", "ConsReFT", "DiReFT", "Function", "Intervention", "LoReFT", "LobiReFT", "Mean",

@@ -1,29 +1,38 @@
 """Where: strings become places in a model and tokens in a row."""
 
 from reftlab.address.alias import head_name, portable_names
-from reftlab.address.path import SitePath, parse_path
+from reftlab.address.path import ATTENTION_SIDES, SitePath, parse_path
 from reftlab.address.position import (
-    After,
     All,
+    Every,
     First,
+    Generated,
+    Given,
     Indices,
+    Joined,
     Last,
+    PerRow,
     Position,
     Prompt,
-    Span,
-    Token,
     Union,
-    parse_position,
 )
+from reftlab.address.position_parser import parse_position
 from reftlab.address.resolve import Site, resolve
+from reftlab.address.text_position import After, Span, Token
 from reftlab.address.view import View, head_size, splits_by_heads
 
 __all__ = [
+    "ATTENTION_SIDES",
     "After",
     "All",
+    "Every",
     "First",
+    "Generated",
+    "Given",
     "Indices",
+    "Joined",
     "Last",
+    "PerRow",
     "Position",
     "Prompt",
     "Site",

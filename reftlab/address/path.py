@@ -3,6 +3,8 @@
 A site path is a module path, a side (`input` or `output`) and, where a module takes or returns
 more than one tensor, which one. The last step named `input` or `output` is the side, so that a
 module that is itself called `output` (BERT has several) is written `encoder.layer[0].output.output`.
+Attention modules have two sides more, `scores` and `pattern`: what goes into their softmax and what
+comes out of it.
 """
 
 from __future__ import annotations
@@ -13,9 +15,12 @@ from typing import Literal
 from reftlab.address.scanner import Scanner
 from reftlab.errors import AddressError
 
-__all__ = ["Child", "Entries", "Every", "SitePath", "parse_path"]
+__all__ = ["ATTENTION_SIDES", "Child", "Entries", "Every", "SitePath", "parse_path"]
 
-Side = Literal["input", "output"]
+Side = Literal["input", "output", "scores", "pattern"]
+
+ATTENTION_SIDES = ("scores", "pattern")
+_OWN_SIDE = ("heads", "q", "k", "v")
 
 _NAME = r"[A-Za-z_*?][A-Za-z0-9_*?\-]*"
 
@@ -64,15 +69,17 @@ class SitePath:
 
     Attributes:
         steps: the way from the root module to the module.
-        side: `input`, `output`, or None where an alias such as `unembed` or `blocks[3].attn.heads`
-            brings its own side.
+        side: `input`, `output`, `scores`, `pattern`, or None where an alias such as `unembed` or
+            `blocks[3].attn.heads` brings its own side.
         leaf: which value of the side, as keys into tuples, dicts and `ModelOutput`s; empty for the
             tensor itself, the first entry of a tuple, or the main field of a `ModelOutput`.
+        part: `q`, `k` or `v` where the module's last axis holds all three and one of them is meant.
     """
 
     steps: tuple[Step, ...]
     side: Side | None
     leaf: tuple[str | int, ...] = ()
+    part: str = ""
 
     def __str__(self) -> str:
         text = "".join(map(str, self.steps)) + (f".{self.side}" if self.side else "")
@@ -92,7 +99,8 @@ def parse_path(text: str | SitePath) -> SitePath:
         text: for instance `model.layers[15].output`, `model.layers.15.output`, `h[-1].mlp.input`,
             `model.layers[4:12:2].output`, `model.layers[3,9,18].output`,
             `model.layers[*].self_attn.*_proj.input`, `output.logits`,
-            `model.layers[0].self_attn.output[0]`, `blocks[3].attn.heads`.
+            `model.layers[0].self_attn.output[0]`, `blocks[3].attn.heads`, `blocks[3].attn.q`,
+            `blocks[3].attn.pattern`.
 
     Raises:
         AddressError: the text is not a site path; the message points at the character.
@@ -169,7 +177,10 @@ def _split_at_side(scanner: Scanner, steps: tuple[Step, ...]) -> SitePath:
         module, rest = steps[: sides[-1]], steps[sides[-1] + 1 :]
         side: Side = "input" if steps[sides[-1]] == Child("input") else "output"
         return SitePath(module, side, tuple(_leaf_key(scanner, step, side) for step in rest))
-    if steps[-1] == Child("heads") or steps == (Child("unembed"),):
+    last = steps[-1].name if isinstance(steps[-1], Child) else ""
+    if last in ATTENTION_SIDES and len(steps) > 1:
+        return SitePath(steps[:-1], "scores" if last == "scores" else "pattern")
+    if last in _OWN_SIDE or steps == (Child("unembed"),):
         return SitePath(steps, None)
     raise AddressError(
         f"site path {scanner.text!r} ends at a module; add the side, "

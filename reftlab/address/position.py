@@ -1,4 +1,4 @@
-"""Positions: which tokens of each row, as small objects and as the short strings that stand for them.
+"""Positions: which tokens of each row, as small objects; `position_parser` reads the strings for them.
 
 Positions count the real tokens of a row's prompt, as the attention mask gives them, so padding on
 either side changes nothing. Negative numbers count from the end of the prompt.
@@ -6,7 +6,6 @@ either side changes nothing. Negative numbers count from the end of the prompt.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,24 +13,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from reftlab.address.scanner import Scanner
-from reftlab.errors import PositionError, did_you_mean
+from reftlab.errors import PositionError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "After",
     "All",
+    "Every",
     "First",
+    "Generated",
+    "Given",
     "Indices",
+    "Joined",
     "Last",
+    "PerRow",
     "Position",
     "Prompt",
-    "Span",
-    "Token",
     "Union",
-    "parse_position",
 ]
 
 
@@ -67,7 +66,20 @@ class Prompt:
 
 
 class Position:
-    """Base of all positions; `a + b` is the union of both."""
+    """Base of all positions; `a + b` is the union of both.
+
+    Attributes:
+        size: how many tokens of each row it chooses, or None where that depends on the row.
+        joins: how many tokens' vectors make one vector together; 1 unless they are joined.
+        generated: whether it chooses generated tokens only.
+    """
+
+    size: int | None = None
+    joins: int = 1
+    generated: bool = False
+
+    def check_rows(self, rows: int) -> None:
+        """Refuse a batch with another number of rows than the position was written for."""
 
     def select(self, prompt: Prompt) -> Tensor:
         """Return the chosen tokens of one prompt, ascending, `(k,)` int64, counted from 0."""
@@ -85,6 +97,8 @@ class Position:
         )
 
     def __add__(self, other: Position | str | int | Sequence[int]) -> Position:
+        from reftlab.address.position_parser import parse_position
+
         return Union((*_terms(self), *_terms(parse_position(other))))
 
 
@@ -103,6 +117,69 @@ class All(Position):
 
 
 @dataclass(frozen=True)
+class Every(Position):
+    """Every token, or every `step`-th one beginning with the first."""
+
+    step: int = 1
+
+    def __post_init__(self) -> None:
+        _check_count("every", self.step)
+
+    def __str__(self) -> str:
+        return "every" if self.step == 1 else f"every({self.step})"
+
+    def select(self, prompt: Prompt) -> Tensor:
+        return torch.arange(0, prompt.length, self.step)
+
+    def select_generated(self, count: int) -> Tensor:
+        return torch.arange(0, count, self.step)
+
+
+@dataclass(frozen=True)
+class Generated(Position):
+    """Generated tokens `[start, stop)`, counted from the first generated one; for phase `decode`."""
+
+    start: int = 0
+    stop: int | None = None
+    generated = True
+
+    def __post_init__(self) -> None:
+        ends = (self.start, 0 if self.stop is None else self.stop)
+        if not all(type(n) is int and n >= 0 for n in ends) or (
+            self.stop is not None and self.stop <= self.start
+        ):
+            raise PositionError(
+                f"{str(self)!r}: expected numbers from 0 with the second above the first; the last generated "
+                "token is not known while tokens are generated"
+            )
+
+    def __str__(self) -> str:
+        return f"generated({self.start}:{'' if self.stop is None else self.stop})"
+
+    def select(self, prompt: Prompt) -> Tensor:
+        raise PositionError(f"positions {str(self)!r} are not in the prompt; use phase='decode'")
+
+    def select_generated(self, count: int) -> Tensor:
+        return torch.arange(
+            self.start, max(self.start, min(count, count if self.stop is None else self.stop))
+        )
+
+
+@dataclass(frozen=True)
+class Given(Position):
+    """Tokens that each call gives: `reft(**batch, positions={"edit": [[3], [4, 5]]})`."""
+
+    def __str__(self) -> str:
+        return "given"
+
+    def select(self, prompt: Prompt) -> Tensor:
+        raise PositionError(
+            "positions 'given' come with the call, as in reft(**batch, positions={'edit': [[3], [4, 5]]}), "
+            "and this call gives none"
+        )
+
+
+@dataclass(frozen=True)
 class First(Position):
     """The first `count` tokens, or all of them where the prompt is shorter."""
 
@@ -113,6 +190,10 @@ class First(Position):
 
     def __str__(self) -> str:
         return "first" if self.count == 1 else f"first({self.count})"
+
+    @property
+    def size(self) -> int:  # type: ignore[override]
+        return self.count
 
     def select(self, prompt: Prompt) -> Tensor:
         return torch.arange(min(self.count, prompt.length))
@@ -136,6 +217,10 @@ class Last(Position):
 
     def __str__(self) -> str:
         return "last" if self.count == 1 else f"last({self.count})"
+
+    @property
+    def size(self) -> int:  # type: ignore[override]
+        return self.count
 
     def select(self, prompt: Prompt) -> Tensor:
         return torch.arange(max(0, prompt.length - self.count), prompt.length)
@@ -161,6 +246,10 @@ class Indices(Position):
     def __str__(self) -> str:
         return f"[{', '.join(map(str, self.numbers))}]"
 
+    @property
+    def size(self) -> int:  # type: ignore[override]
+        return len(set(self.numbers))
+
     def select(self, prompt: Prompt) -> Tensor:
         for number in self.numbers:
             if not -prompt.length <= number < prompt.length:
@@ -178,88 +267,72 @@ class Indices(Position):
 
 
 @dataclass(frozen=True)
-class _Text(Position):
-    """A position found by looking at text; `occurrence` counts from 1, or from the end below 0."""
+class PerRow(Position):
+    """Tokens by number, for each row of the batch its own: `rows([3], [4, 5])`."""
 
-    text: str
-    occurrence: int = 1
+    rows: tuple[tuple[int, ...], ...]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.text, str) or not self.text:
-            raise PositionError(f"{self._name}(...) needs a text that is not empty, not {self.text!r}")
-        if type(self.occurrence) is not int or self.occurrence == 0:
-            raise PositionError(
-                f"{self._name}({self.text!r}, {self.occurrence!r}): the occurrence is a whole number, "
-                "1 for the first, -1 for the last"
-            )
-
-    @property
-    def _name(self) -> str:
-        return type(self).__name__.lower()
+        if not self.rows or not all(type(n) is int for row in self.rows for n in row):
+            raise PositionError(f"rows(...) needs a list of whole numbers for each row, not {self.rows!r}")
 
     def __str__(self) -> str:
-        number = "" if self.occurrence == 1 else f", {self.occurrence}"
-        return f"{self._name}({self.text!r}{number})"
+        return f"rows({', '.join(str(list(row)) for row in self.rows)})"
 
-    def _pick(self, found: int, prompt: Prompt, what: str) -> int:
-        """Turn the wanted occurrence into a number from 1 to `found`, or say why there is none."""
-        number = self.occurrence if self.occurrence > 0 else found + 1 + self.occurrence
-        if 1 <= number <= found:
-            return number
-        times = "does not occur" if found == 0 else f"occurs {found} time{'s' * (found != 1)}"
-        raise PositionError(
-            f"row {prompt.row}: {str(self)!r} was not found; {what} {times} in the prompt "
-            f"{_shorten(prompt.text())!r}"
-        )
+    @property
+    def size(self) -> int | None:  # type: ignore[override]
+        sizes = {len(set(row)) for row in self.rows}
+        return sizes.pop() if len(sizes) == 1 else None
 
-    def _cover(self, prompt: Prompt) -> tuple[int, int]:
-        """The smallest range of tokens `[start, stop)` whose text holds the wanted occurrence."""
-        whole, text = prompt.text(), self.text
-        if text not in whole and prompt.tokenizer is not None:
-            # An uncased or normalising tokenizer changes the text on its way in; look for that.
-            ids = prompt.tokenizer(text, add_special_tokens=False)["input_ids"]
-            normal = str(prompt.tokenizer.decode(ids, clean_up_tokenization_spaces=False)).strip()
-            text = normal if normal else text
-        number = self._pick(whole.count(text), prompt, repr(text))
-        stop = _first_true(1, prompt.length, lambda end: prompt.text(0, end).count(text) >= number)
-        late = _first_true(0, stop - 1, lambda begin: text not in prompt.text(begin + 1, stop))
-        return late, stop
-
-
-@dataclass(frozen=True)
-class Span(_Text):
-    """The tokens that cover a piece of text, `span('Eiffel Tower')`."""
-
-    def select(self, prompt: Prompt) -> Tensor:
-        return torch.arange(*self._cover(prompt))
-
-
-@dataclass(frozen=True)
-class After(_Text):
-    """Every token of the prompt behind a piece of text, `after('Question:')`."""
-
-    def select(self, prompt: Prompt) -> Tensor:
-        stop = self._cover(prompt)[1]
-        if stop == prompt.length:
-            raise PositionError(f"row {prompt.row}: {str(self)!r}: no token follows that text in the prompt")
-        return torch.arange(stop, prompt.length)
-
-
-@dataclass(frozen=True)
-class Token(_Text):
-    """One token by its exact text, space included, `token(' Paris')`."""
-
-    def select(self, prompt: Prompt) -> Tensor:
-        prompt.text(0, 0)
-        assert prompt.tokenizer is not None
-        assert prompt.ids is not None
-        ids = prompt.tokenizer(self.text, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1:
+    def check_rows(self, rows: int) -> None:
+        if rows != len(self.rows):
             raise PositionError(
-                f"{str(self)!r}: that text is {len(ids)} tokens, not one; use span({self.text!r})"
+                f"positions are given for {len(self.rows)} rows, and the batch has {rows}; give one list a row"
             )
-        places = [place for place, token in enumerate(prompt.ids) if token == ids[0]]
-        return torch.tensor([places[self._pick(len(places), prompt, "the token") - 1]])
+
+    def select(self, prompt: Prompt) -> Tensor:
+        numbers = self.rows[prompt.row]
+        return Indices(numbers).select(prompt) if numbers else torch.empty(0, dtype=torch.long)
+
+
+@dataclass(frozen=True)
+class Joined(Position):
+    """The vectors of several tokens as one long vector, in their order: `joined(last(2))`.
+
+    The intervention sees `count · width` numbers for each row. Every row must have all the tokens.
+    """
+
+    inner: Position
+
+    def __post_init__(self) -> None:
+        if self.inner.size is None or self.inner.joins > 1:
+            raise PositionError(
+                f"joined({self.inner}): expected a fixed number of tokens, such as joined(last(2)), "
+                "joined(first(3)) or joined([0, -1])"
+            )
+
+    def __str__(self) -> str:
+        return f"joined({self.inner})"
+
+    @property
+    def size(self) -> int | None:  # type: ignore[override]
+        return self.inner.size
+
+    @property
+    def joins(self) -> int:  # type: ignore[override]
+        return self.inner.size or 1
+
+    def check_rows(self, rows: int) -> None:
+        self.inner.check_rows(rows)
+
+    def select(self, prompt: Prompt) -> Tensor:
+        chosen = self.inner.select(prompt)
+        if len(chosen) != self.joins:
+            raise PositionError(
+                f"row {prompt.row}: {str(self)!r} joins {self.joins} different tokens, and the row's "
+                f"{prompt.length} prompt tokens give {len(chosen)}"
+            )
+        return chosen
 
 
 @dataclass(frozen=True)
@@ -268,129 +341,31 @@ class Union(Position):
 
     terms: tuple[Position, ...]
 
+    def __post_init__(self) -> None:
+        if any(term.joins > 1 for term in self.terms):
+            raise PositionError(f"{str(self)!r}: joined(...) stands alone; write joined(a+b)")
+
     def __str__(self) -> str:
         return "+".join(map(str, self.terms))
+
+    @property
+    def generated(self) -> bool:  # type: ignore[override]
+        return any(term.generated for term in self.terms)
+
+    @property
+    def size(self) -> int | None:  # type: ignore[override]
+        sizes = [term.size for term in self.terms]
+        return None if None in sizes else sum(size or 0 for size in sizes)
+
+    def check_rows(self, rows: int) -> None:
+        for term in self.terms:
+            term.check_rows(rows)
 
     def select(self, prompt: Prompt) -> Tensor:
         return torch.cat([term.select(prompt) for term in self.terms]).unique()
 
     def select_generated(self, count: int) -> Tensor:
         return torch.cat([term.select_generated(count) for term in self.terms]).unique()
-
-
-def parse_position(value: Position | str | int | Sequence[int]) -> Position:
-    """Read positions.
-
-    Args:
-        value: a `Position`, a number, a list of numbers, or a string: `all`, `last`, `first`,
-            `first(7)+last(7)` and its short form `f7+l7`, `[0, 2, -1]`, `span('Eiffel Tower')`,
-            `token(' Paris')`, `after('text')`; the last three take the occurrence as a second
-            argument, `span('John', -1)` for the last one.
-
-    Raises:
-        PositionError: the value is not a position; the message points at the character.
-
-    >>> str(parse_position("f7+l7"))
-    'first(7)+last(7)'
-    >>> parse_position([0, -1])
-    Indices(numbers=(0, -1))
-    """
-    if isinstance(value, Position):
-        return value
-    if type(value) is int:
-        return Indices((value,))
-    if isinstance(value, list | tuple):
-        return Indices(tuple(value))
-    if not isinstance(value, str):
-        raise PositionError(f"positions must be a string such as 'last' or a list of numbers, not {value!r}")
-    scanner = Scanner(value, "positions", PositionError)
-    terms = [_term(scanner)]
-    while scanner.take("+"):
-        terms.append(_term(scanner))
-    if not scanner.done:
-        scanner.fail("'+' or the end")
-    return terms[0] if len(terms) == 1 else Union(tuple(terms))
-
-
-def _term(scanner: Scanner) -> Position:
-    scanner.skip_spaces()
-    start = scanner.at
-    if scanner.take("["):
-        term: Position = _numbers(scanner)
-    elif (short := scanner.match(r"[fl][0-9]{1,9}(?![A-Za-z0-9_])")) is not None:
-        term = _counted(scanner, First if short[0] == "f" else Last, int(short[1:]), start)
-    else:
-        term = _named(scanner, start)
-    scanner.skip_spaces()
-    return term
-
-
-_WORDS = ("all", "first", "last", "span", "token", "after")
-
-
-def _named(scanner: Scanner, start: int) -> Position:
-    word = scanner.match(r"[A-Za-z_]+")
-    if word == "all":
-        return All()
-    if word in ("first", "last"):
-        kind = First if word == "first" else Last
-        if not scanner.take("("):
-            return kind()
-        scanner.skip_spaces()
-        count = scanner.integer("how many tokens")
-        scanner.skip_spaces()
-        scanner.expect(")")
-        return _counted(scanner, kind, count, start)
-    if word in ("span", "token", "after"):
-        return _text(scanner, {"span": Span, "token": Token, "after": After}[word])
-    scanner.fail(
-        "all, first, last, first(n), last(n), span('text'), token('text'), after('text') or [numbers]",
-        start,
-        f".{near}" if (near := did_you_mean(word or "", _WORDS)) else "",
-    )
-
-
-def _counted(scanner: Scanner, kind: type[First] | type[Last], count: int, start: int) -> Position:
-    if count < 1:
-        scanner.fail("a count of 1 or more", start)
-    return kind(count)
-
-
-def _numbers(scanner: Scanner) -> Indices:
-    numbers: list[int] = []
-    while True:
-        scanner.skip_spaces()
-        numbers.append(scanner.integer())
-        scanner.skip_spaces()
-        if scanner.take("]"):
-            return Indices(tuple(numbers))
-        scanner.expect(",", "',' or ']'")
-
-
-def _text(scanner: Scanner, kind: type[_Text]) -> Position:
-    scanner.expect("(")
-    scanner.skip_spaces()
-    start = scanner.at
-    quoted = scanner.match(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
-    if quoted is None:
-        scanner.fail("a quoted text")
-    try:
-        text = ast.literal_eval(quoted)
-    except (SyntaxError, ValueError):
-        scanner.fail("a quoted text with valid escapes", start)
-    if not text:
-        scanner.fail("a text that is not empty", start)
-    scanner.skip_spaces()
-    occurrence = 1
-    if scanner.take(","):
-        scanner.skip_spaces()
-        here = scanner.at
-        occurrence = scanner.integer("which occurrence, 1 for the first, -1 for the last")
-        if occurrence == 0:
-            scanner.fail("an occurrence other than 0", here)
-        scanner.skip_spaces()
-    scanner.expect(")")
-    return kind(text, occurrence)
 
 
 def _terms(position: Position) -> tuple[Position, ...]:
@@ -400,15 +375,3 @@ def _terms(position: Position) -> tuple[Position, ...]:
 def _check_count(name: str, count: Any) -> None:
     if type(count) is not int or count < 1:
         raise PositionError(f"{name}(n) needs a whole number of 1 or more, not {count!r}")
-
-
-def _first_true(low: int, high: int, test: Any) -> int:
-    """The smallest number in `[low, high]` that passes a test which, once passed, stays passed."""
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if test(middle) else (middle + 1, high)
-    return low
-
-
-def _shorten(text: str, limit: int = 200) -> str:
-    return text if len(text) <= limit else text[: limit // 2] + " … " + text[-limit // 2 :]

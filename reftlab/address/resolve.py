@@ -20,20 +20,23 @@ class Site:
 
     Attributes:
         module: dotted name of the module, as `model.named_modules()` spells it.
-        side: `input` or `output`.
+        side: `input`, `output`, `scores` or `pattern`.
         leaf: which value of the side, see `SitePath.leaf`.
         label: what the path's slices and globs stood for here, such as `4` or `3,q_proj`; empty
             for a path that names one module.
+        part: `q`, `k` or `v` where the last axis holds all three and one of them is meant.
     """
 
     module: str
     side: Side
     leaf: tuple[str | int, ...] = ()
     label: str = ""
+    part: str = ""
 
     def __str__(self) -> str:
         leaf = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in self.leaf)
-        return f"{self.module}.{self.side}".removeprefix(".") + leaf
+        part = f" ({self.part})" if self.part else ""
+        return f"{self.module}.{self.side}".removeprefix(".") + leaf + part
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def resolve(path: SitePath, model: nn.Module) -> list[Site]:
     for name in names:
         if names.count(name) > 1:
             raise AddressError(f"site path {str(path)!r} names {name} twice")
-    return [Site(place.name, raw.side, raw.leaf, ",".join(place.label)) for place in places]
+    return [Site(place.name, raw.side, raw.leaf, ",".join(place.label), raw.part) for place in places]
 
 
 def _follow(place: _Place, step: Step) -> list[_Place]:

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from reftlab.graph.edit import Edit
 from reftlab.graph.layout import LINE, Mark, Measure, Sheet, lay_out, shown
-from reftlab.graph.nodes import BASE, Edit, Read
+from reftlab.graph.nodes import BASE, Read
 from reftlab.plotting.style import BLACK, BLUE, FONT, GREEN, ORANGE, PURPLE, VERMILLION, InlineFigure
 
 if TYPE_CHECKING:

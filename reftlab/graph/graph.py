@@ -11,7 +11,8 @@ import networkx as nx
 
 from reftlab.errors import GraphError, InterventionError, did_you_mean
 from reftlab.graph import spec
-from reftlab.graph.nodes import BASE, Edit, Node, Read, Source, renamed
+from reftlab.graph.edit import Edit, Node, renamed
+from reftlab.graph.nodes import BASE, Read, Source
 from reftlab.interventions.base import number
 
 if TYPE_CHECKING:
@@ -71,14 +72,19 @@ class InterventionGraph:
         return tuple(node.name for node in self.nodes if isinstance(node, Source))
 
     @property
+    def tasks(self) -> tuple[str, ...]:
+        """Every task that an edit belongs to, in the order of the edits."""
+        return tuple(dict.fromkeys(name for edit in self.edits for name in edit.task_names))
+
+    @property
     def run_order(self) -> tuple[str, ...]:
         """Runs in the order in which they must be computed; `base` is last among those it needs."""
         needs: nx.DiGraph = nx.DiGraph()
         needs.add_nodes_from((*self.sources, BASE))
         for edit in self.edits:
-            read = edit.source_read
-            if read is not None and read.run != edit.run:
-                needs.add_edge(read.run, edit.run, edit=edit.name)
+            for read in edit.reads:
+                if read.run != edit.run:
+                    needs.add_edge(read.run, edit.run, edit=edit.name)
         try:
             order = list(nx.lexicographical_topological_sort(needs))
         except nx.NetworkXUnfeasible:
@@ -94,7 +100,7 @@ class InterventionGraph:
         """The data flow as a directed graph.
 
         Nodes are `("run", name)`, `("edit", name)` and `("read", label)`, each with the node object
-        under `node`; an edge's `kind` is `edits`, `reads` or `supplies`.
+        under `node`; an edge's `kind` is `edits`, `reads`, `supplies` or `decides`.
         """
         flow: nx.DiGraph = nx.DiGraph()
         for run in (*self.sources, BASE):
@@ -105,12 +111,14 @@ class InterventionGraph:
         for edit in self.edits:
             flow.add_node(("edit", edit.name), node=edit)
             flow.add_edge(("edit", edit.name), ("run", edit.run), kind="edits")
-            source = edit.source_read
-            if source is not None:
-                key = ("read", f"{edit.name}.source")
-                flow.add_node(key, node=source)
-                flow.add_edge(("run", source.run), key, kind="reads")
-                flow.add_edge(key, ("edit", edit.name), kind="supplies")
+            wanted = [] if edit.source_read is None else [(edit.source_read, "source", "supplies")]
+            for place, read in enumerate(() if edit.when is None else edit.when.reads):
+                wanted.append((read, f"when{place}", "decides"))
+            for read, what, kind in wanted:
+                key = ("read", f"{edit.name}.{what}")
+                flow.add_node(key, node=read)
+                flow.add_edge(("run", read.run), key, kind="reads")
+                flow.add_edge(key, ("edit", edit.name), kind=kind)
         return flow
 
     def __add__(self, other: InterventionGraph) -> InterventionGraph:
@@ -143,7 +151,9 @@ class InterventionGraph:
         """Only the named edits and reads, and the sources that they need."""
         kept = {self._named(name) for name in names}
         runs = {node.run for node in kept if not isinstance(node, Source)}
-        runs |= {e.source.run for e in kept if isinstance(e, Edit) and e.source is not None}
+        runs |= {read.run for edit in kept if isinstance(edit, Edit) for read in edit.reads}
+        # A source may take another's inputs, so that one is needed too.
+        runs |= {n.inputs for n in self.nodes if isinstance(n, Source) and n.name in runs and n.inputs}
         return InterventionGraph(
             *[n for n in self.nodes if n in kept or (isinstance(n, Source) and n.name in runs)]
         )
@@ -266,10 +276,9 @@ class InterventionGraph:
         runs = (*self.sources, BASE)
         for node in self.nodes:
             if isinstance(node, Source):
-                continue
-            wanted = [node.run]
-            if isinstance(node, Edit) and node.source is not None:
-                wanted.append(node.source.run)
+                wanted = [node.inputs or BASE]
+            else:
+                wanted = [node.run, *(read.run for read in getattr(node, "reads", ()))]
             for run in wanted:
                 if run not in runs:
                     raise GraphError(

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Literal
 
 from reftlab.address import SitePath
 from reftlab.graph.depth import Column, DepthAxis, depth_of
-from reftlab.graph.nodes import Edit, Read
+from reftlab.graph.edit import Edit
+from reftlab.graph.nodes import Read
 from reftlab.plotting.style import with_glyphs
 
 if TYPE_CHECKING:

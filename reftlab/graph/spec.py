@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping, MutableMapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import yaml
 from torch import Tensor
 
 from reftlab.errors import GraphError, ReftlabError, did_you_mean
-from reftlab.graph.nodes import BASE, Edit, Node, Read, Source
+from reftlab.graph.edit import Edit, Node
+from reftlab.graph.nodes import BASE, Read, Source
+from reftlab.graph.spec_condition import read_condition, write_condition
 from reftlab.interventions import Intervention, intervention_types
 
 __all__ = ["FORMAT", "graph_to_dict", "nodes_from_dict"]
@@ -57,14 +60,26 @@ def nodes_from_dict(data: Any, tensors: Mapping[str, Tensor] | None = None) -> l
 
 def _write_node(node: Node, tensors: Tensors | None) -> dict[str, Any]:
     if isinstance(node, Source):
-        return {"source": node.name}
+        inputs = {} if node.inputs is None else {"inputs": node.inputs}
+        return {"source": node.name} | inputs | ({"grad": True} if node.grad else {})
     if isinstance(node, Read):
         return {"read": _write_read(node)}
     written: dict[str, Any] = {"edit": node.name, "at": str(node.at), "positions": str(node.positions)}
-    written["intervention"] = _write_intervention(node, tensors)
+    written["intervention"] = _write_intervention(node.intervention, node.name, tensors)
     if node.source is not None:
         written["source"] = _write_read(node.source)
-    optional = {"run": (node.run, BASE), "phase": (node.phase, "prompt"), "strength": (node.strength, 1.0)}
+    if node.when is not None:
+        written["when"] = write_condition(
+            node.when, f"{node.name}.when", _write_read, partial(_write_tensor, tensors=tensors)
+        )
+    optional = {
+        "run": (node.run, BASE),
+        "phase": (node.phase, "prompt"),
+        "strength": (node.strength, 1.0),
+        "tasks": (node.written_tasks, None),
+        "subspace": (None if node.subspace is None else list(node.subspace), None),
+        "share": (node.share, None),
+    }
     written.update({key: value for key, (value, default) in optional.items() if value != default})
     return written | _write_view(node)
 
@@ -90,20 +105,21 @@ def _write_view(node: Read | Edit) -> dict[str, Any]:
     return {} if node.features is None else {"features": list(node.features)}
 
 
-def _write_intervention(edit: Edit, tensors: Tensors | None) -> dict[str, Any]:
-    intervention = edit.intervention
+def _write_intervention(intervention: Intervention, who: str, tensors: Tensors | None) -> dict[str, Any]:
     defaults = inspect.signature(type(intervention).__init__).parameters
     written: dict[str, Any] = {"type": type(intervention).__name__}
     for key, value in intervention.config.items():
         if isinstance(value, Tensor):
-            written[key] = _write_tensor(value, f"{edit.name}.{key}", tensors)
+            written[key] = _write_tensor(value, f"{who}.{key}", tensors)
+        elif isinstance(value, Intervention):
+            written[key] = {"intervention": _write_intervention(value, f"{who}.{key}", tensors)}
         elif callable(value):
             raise GraphError(
-                f"edit {edit.name!r}: {intervention.describe()} holds code, which is never written to "
+                f"edit {who!r}: {intervention.describe()} holds code, which is never written to "
                 "a file; write an Intervention subclass instead, whose arguments are numbers and texts"
             )
         elif value != defaults[key].default:
-            written[key] = _plain(value, f"edit {edit.name!r}: {key} of {intervention.describe()}")
+            written[key] = _plain(value, f"edit {who!r}: {key} of {intervention.describe()}")
     return written
 
 
@@ -133,13 +149,15 @@ def _read_node(entry: Any, number: int, tensors: Mapping[str, Tensor]) -> Node:
     kind = kinds[0]
     try:
         if kind == "source":
-            return Source(**_arguments(entry, {"source": "name"}))
+            return Source(**_arguments(entry, {"source": "name", "inputs": "inputs", "grad": "grad"}))
         if kind == "read":
             return _read_read(entry["read"])
         values = dict(entry)
         values["intervention"] = _read_intervention(values.get("intervention"), tensors)
         if "source" in values:
             values["source"] = _read_read(values["source"])
+        if "when" in values:
+            values["when"] = read_condition(values["when"], _read_read, partial(_read_value, tensors=tensors))
         _unslice(values)
         allowed = {"edit": "name", **{key: key for key in Edit.__dataclass_fields__ if key != "name"}}
         return Edit(**_arguments(values, allowed))
@@ -171,6 +189,8 @@ def _read_intervention(entry: Any, tensors: Mapping[str, Tensor]) -> Interventio
 
 
 def _read_value(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, Mapping) and set(value) == {"intervention"}:
+        return _read_intervention(value["intervention"], tensors)
     if isinstance(value, Mapping) and set(value) == {"tensor"}:
         if value["tensor"] not in tensors:
             raise GraphError(f"the tensor {value['tensor']!r} is not among those stored beside the graph")

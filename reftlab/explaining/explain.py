@@ -141,7 +141,7 @@ def _explained(
     centres: Mapping[str, Tensor],
     top: int,
 ) -> EditExplanation:
-    built, edit = reft.interventions[bound.key], bound.edit
+    built, edit = reft.interventions[bound.module], bound.edit
     directions = find_directions(built, edit.strength, vectors)
     caveat = ""
     if (bound.site.module, bound.site.side) not in lens.stream:

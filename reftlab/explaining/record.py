@@ -84,8 +84,8 @@ def recording(reft: BoundModel) -> Iterator[Recording]:
     with contextlib.ExitStack() as stack:
         recorders = {}
         for bound in reft.edits:
-            recorders[bound.key] = _Recorder(reft.interventions[bound.key]).eval()
-            stack.enter_context(reft.replaced(bound.key, recorders[bound.key]))
+            recorders[bound.key] = _Recorder(reft.interventions[bound.module]).eval()
+            stack.enter_context(reft.replaced(bound.module, recorders[bound.key]))
         yield Recording(reft, recorders)
 
 

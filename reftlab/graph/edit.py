@@ -197,9 +197,8 @@ class Edit:
         return Edit(arguments.pop("name"), **arguments)
 
     def _key(self) -> tuple[Any, ...]:
-        config = {key: _plain(value) for key, value in self.intervention.config.items()}
         fields = [getattr(self, f) for f in self.__dataclass_fields__ if f != "intervention"]
-        return (*fields, type(self.intervention), config)
+        return (*fields, *written_out(self.intervention))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Edit) and self._key() == other._key()
@@ -271,5 +270,8 @@ def _directions(what: str, given: Any) -> tuple[int, ...] | None:
     return numbers
 
 
-def _plain(value: Any) -> Any:
+def written_out(value: Any) -> Any:
+    """What says whether two interventions are described alike: type and arguments, numbers in full."""
+    if isinstance(value, Intervention):
+        return type(value), {key: written_out(inner) for key, inner in value.config.items()}
     return (str(value.dtype), value.tolist()) if hasattr(value, "tolist") else value

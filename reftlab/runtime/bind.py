@@ -3,85 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from reftlab.address import All, Position, Site, SitePath, View, head_size, resolve, splits_by_heads
+from reftlab.address import (
+    ATTENTION_SIDES,
+    All,
+    Position,
+    Site,
+    SitePath,
+    View,
+    head_size,
+    resolve,
+    splits_by_heads,
+)
 from reftlab.errors import AddressError, BindError, ReftlabError
-from reftlab.graph import BASE, Edit, InterventionGraph, Read
+from reftlab.graph import Edit, InterventionGraph, Phase, Read
+from reftlab.runtime.axes import ATTENTION
+from reftlab.runtime.check import check_edit, check_runs, check_shared
+from reftlab.runtime.places import BoundEdit, BoundRead, Place
 from reftlab.runtime.scan import SiteFacts, scan
 
-__all__ = ["BoundEdit", "BoundRead", "Interventions", "bind_nodes", "bind_reads"]
-
-
-@dataclass(frozen=True, eq=False)
-class BoundRead:
-    """A read at one place of one model.
-
-    Attributes:
-        label: name of the result.
-        site: the place.
-        order: when it is reached in a forward pass.
-        width: number of features read.
-        index: which features of the site's last axis, `(width,)` int64, or None for all.
-        positions: which tokens.
-        run: in which run.
-    """
-
-    label: str
-    site: Site
-    order: int
-    width: int
-    index: Tensor | None
-    positions: Position
-    run: str
-
-
-@dataclass(frozen=True, eq=False)
-class BoundEdit:
-    """An edit at one place of one model.
-
-    Attributes:
-        key: its name in `BoundModel.interventions`: the edit's name, and `name[label]` where the
-            edit's path names several places.
-        edit: the node.
-        site, order, width, index: as in `BoundRead`.
-        source: where its source's vectors come from, or None.
-    """
-
-    key: str
-    edit: Edit
-    site: Site
-    order: int
-    width: int
-    index: Tensor | None
-    source: BoundRead | None
-
-
-class Interventions(nn.ModuleDict):
-    """Built interventions by name.
-
-    Unlike its base it takes names of its own methods, `values` or `train`; and its numbers stay
-    float32 where the model is cast to another type, as training needs them.
-    """
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        def kept(tensor: Tensor) -> Tensor:
-            changed: Tensor = fn(tensor)
-            return changed.float() if changed.is_floating_point() else changed
-
-        return super()._apply(kept, recurse)
-
-    def __setitem__(self, key: str, module: nn.Module) -> None:
-        self._modules[key] = module
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "training":
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
+__all__ = ["bind_nodes", "bind_reads"]
 
 
 def bind_nodes(
@@ -93,29 +37,41 @@ def bind_nodes(
         AddressError: a path or view that the model does not have.
         BindError: a site that does not fit, or a read taken after the edit that needs it.
     """
-    _check_runs(graph)
+    check_runs(graph)
     edit_sites = {edit.name: _sites(edit.at, model, f"edit {edit.name!r}") for edit in graph.edits}
-    source_sites = {
-        edit.name: _source_sites(edit, edit_sites[edit.name], model)
+    fed_by = {
+        (edit.name, read): _matching_sites(edit, read, edit_sites[edit.name], model)
         for edit in graph.edits
-        if edit.source is not None
+        for read in edit.reads
     }
     read_sites = {read.label: _sites(read.at, model, str(read)) for read in graph.reads}
-    groups = (edit_sites, source_sites, read_sites)
-    facts = scan(model, (s for group in groups for sites in group.values() for s in sites), example)
+    groups = (edit_sites, fed_by, read_sites)
+    every = (site for group in groups for sites in group.values() for site in sites)  # type: ignore[attr-defined]
+    facts = scan(model, every, example)
     edits = []
     for edit in graph.edits:
         for number, site in enumerate(edit_sites[edit.name]):
             key = f"{edit.name}[{site.label}]" if site.label else edit.name
-            source = None
-            if edit.source is not None:
-                read = edit.source_read
-                assert read is not None
-                source = _bound_read(read, source_sites[edit.name][number], facts, model, f"{key}.source")
-            place = _place(edit.view, edit.positions, site, facts, model, f"edit {edit.name!r}")
-            edits.append(BoundEdit(key, edit, site, *place, source))
-    for bound in edits:
-        _check_source(bound)
+            place = _place(edit.view, edit.positions, facts[site], site, model, f"edit {edit.name!r}")
+
+            def bound_read(
+                read: Read, what: str, edit: Edit = edit, number: int = number, key: str = key
+            ) -> BoundRead:
+                return _fed(edit, read, fed_by[edit.name, read][number], facts, model, f"{key}.{what}")
+
+            source, when = edit.source_read, edit.when
+            bound = BoundEdit(
+                key,
+                edit.share or key,
+                edit,
+                place,
+                _width(place, edit.positions),
+                None if source is None else bound_read(source, "source"),
+                {} if when is None else {r: bound_read(r, f"when{n}") for n, r in enumerate(when.reads)},
+            )
+            check_edit(bound)
+            edits.append(bound)
+    check_shared(edits)
     return tuple(edits), tuple(_each_read(graph.reads, read_sites, facts, model))
 
 
@@ -141,8 +97,23 @@ def _bound_read(
     read: Read, site: Site, facts: dict[Site, SiteFacts], model: nn.Module, label: str
 ) -> BoundRead:
     positions = read.positions or All()
-    place = _place(read.view, positions, site, facts, model, str(read))
-    return BoundRead(label, site, *place, positions, read.run)
+    place = _place(read.view, positions, facts[site], site, model, str(read))
+    phase: Phase = "decode" if positions.generated else "prompt"
+    return BoundRead(label, place, _width(place, positions), positions, read.run, phase)
+
+
+def _fed(
+    edit: Edit, read: Read, site: Site, facts: dict[Site, SiteFacts], model: nn.Module, label: str
+) -> BoundRead:
+    """A read that an edit needs; where it says no positions, it is at the edit's own tokens."""
+    is_source = label.endswith(".source")
+    own = (edit.source if is_source else read).positions is None  # type: ignore[union-attr]
+    positions = edit.positions if own else read.positions
+    assert positions is not None
+    place = _place(read.view, positions, facts[site], site, model, f"{read!s} of edit {edit.name!r}")
+    owner = (f"{edit.name}.source" if is_source else edit.name) if own or is_source else ""
+    phase = edit.phase if own else "prompt"
+    return BoundRead(label, place, _width(place, positions), positions, read.run, phase, owner, own)
 
 
 def _sites(path: SitePath | None, model: nn.Module, who: str) -> list[Site]:
@@ -153,92 +124,90 @@ def _sites(path: SitePath | None, model: nn.Module, who: str) -> list[Site]:
         raise AddressError(f"{who}: {error}") from error
 
 
-def _source_sites(edit: Edit, own: list[Site], model: nn.Module) -> list[Site]:
-    read = edit.source_read
-    assert read is not None
-    sites = _sites(read.at, model, f"source of edit {edit.name!r}")
+def _matching_sites(edit: Edit, read: Read, own: list[Site], model: nn.Module) -> list[Site]:
+    what = "its source" if read == edit.source_read else "its condition"
+    sites = _sites(
+        read.at, model, f"{'source' if read == edit.source_read else 'condition'} of edit {edit.name!r}"
+    )
     if len(sites) == 1:
         return sites * len(own)
     if len(sites) != len(own):
         raise BindError(
-            f"edit {edit.name!r} acts at {len(own)} sites and its source reads {len(sites)}; they must "
-            "be as many, or the source one"
+            f"edit {edit.name!r} acts at {len(own)} sites and {what} reads {len(sites)}; they must "
+            f"be as many, or {what.removeprefix('its ')} one"
         )
     return sites
 
 
-def _place(
-    view: View,
-    positions: Position,
-    site: Site,
-    facts: dict[Site, SiteFacts],
-    model: nn.Module,
-    who: str,
-) -> tuple[int, int, Tensor | None]:
-    """Order, width and feature index of a view at a site."""
-    fact = facts[site]
-    if fact.calls > 1:
+def _width(place: Place, positions: Position) -> int:
+    """Number of features that a vector at a place has; 0 where that depends on the call."""
+    if place.site_width is None:
+        return 0
+    return positions.joins * (place.site_width if place.index is None else len(place.index))
+
+
+def _place(view: View, positions: Position, fact: SiteFacts, site: Site, model: nn.Module, who: str) -> Place:
+    """Axes, order, width and feature index of a view at a site."""
+    if fact.axes is None:
+        if fact.calls > 1:
+            raise BindError(
+                f"{who}: {site} is reached {fact.calls} times in one forward pass, and reftlab cannot say "
+                "which one is meant; choose a module that runs once"
+            )
         raise BindError(
-            f"{who}: {site} is reached {fact.calls} times in one forward pass, and reftlab cannot say "
-            "which one is meant; choose a module that runs once"
+            f"{who}: {site} has shape {fact.shape}, in which reftlab knows no rows of tokens; it acts on (row, "
+            "feature), (row, token, feature), (row, channel, height, width) and attention's (row, head, token, key)"
         )
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False) and "encoder" not in site.module.split("."):
+    if fact.stream == "calls" and positions == All() and not _is_cell(model, site):
         raise BindError(
-            f"{who}: {site} is not in the encoder; of an encoder-decoder model reftlab knows the encoder's "
-            "tokens only"
+            f"{who}: {site} is reached {fact.calls} times in one forward pass; say which of them, as in "
+            "positions=[0] for the first, or positions='every'"
         )
-    if len(fact.shape) not in (2, 3):
-        raise BindError(
-            f"{who}: {site} has shape {fact.shape}; reftlab acts on (row, feature) and (row, token, feature)"
-        )
-    if len(fact.shape) == 2 and positions != All():
+    if fact.stream == "row" and positions != All():
         raise BindError(
             f"{who}: {site} has shape {fact.shape}, no token axis, so positions must be 'all', not "
             f"{str(positions)!r}"
         )
     if not fact.dtype.is_floating_point:
         raise BindError(f"{who}: {site} holds {fact.dtype} numbers; reftlab acts on floating-point vectors")
-    if view.heads is not None and not splits_by_heads(model, site.module, site.side):
-        raise AddressError(
-            f"{who}: heads={list(view.heads)}: the features of {site} are not one head after the other; take "
-            "'blocks[i].attn.heads', an output of the query, key or value projection, or features="
-        )
+    if site.side in ATTENTION_SIDES or fact.axes == ATTENTION:
+        return _attention_place(view, fact, site, who)
+    width, part, size = fact.width, None, None
+    if site.part:
+        from reftlab.address.parts import part_index
+
+        part, size = part_index(model, site)
+        width = len(part)
+    elif view.heads is not None:
+        size = head_size(model, site.module)
+        if not splits_by_heads(model, site.module, site.side):
+            raise AddressError(
+                f"{who}: heads={list(view.heads)}: the features of {site} are not one head after the other; "
+                "take 'blocks[i].attn.heads', an output of the query, key or value projection, or features="
+            )
     try:
-        index = view.index(fact.width, str(site), head_size(model, site.module))
+        index = view.index(width, str(site), size)
     except ReftlabError as error:
         raise type(error)(f"{who}: {error}") from error
-    return fact.order, fact.width if index is None else len(index), index
+    if part is not None:
+        index = part if index is None else part[index]
+    return Place(site, fact.order, fact.axes, fact.stream, fact.width, index)
 
 
-def _check_runs(graph: InterventionGraph) -> None:
-    read = {edit.source.run for edit in graph.edits if edit.source is not None} | {r.run for r in graph.reads}
-    for edit in graph.edits:
-        if edit.run != BASE and edit.run not in read:
-            raise BindError(
-                f"edit {edit.name!r} acts in run {edit.run!r}, and nothing reads that run; leave the edit "
-                f"out, or read from it with source=Read(run={edit.run!r})"
-            )
-        source = edit.source_read
-        if source is not None and source.run == BASE != edit.run:
-            raise BindError(
-                f"edit {edit.name!r} in run {edit.run!r} reads from the base run, which is computed last; "
-                "give the same inputs to a source and read from that"
-            )
+def _is_cell(model: nn.Module, site: Site) -> bool:
+    return isinstance(model.get_submodule(site.module), nn.RNNCellBase)
 
 
-def _check_source(bound: BoundEdit) -> None:
-    source = bound.source
-    if source is None:
-        return
-    if source.width != bound.width:
-        raise BindError(
-            f"edit {bound.edit.name!r} acts on vectors of {bound.width} features at {bound.site}, its "
-            f"source reads vectors of {source.width} at {source.site}; choose heads= or features= of "
-            "the same width"
+def _attention_place(view: View, fact: SiteFacts, site: Site, who: str) -> Place:
+    """A place whose vectors are rows of scores or of a pattern, one for each head."""
+    if view.features is not None or view.feature_slice is not None:
+        raise AddressError(
+            f"{who}: features= at {site}: its features are keys, of which every call has its own number; use heads="
         )
-    if source.run == bound.edit.run and source.order > bound.order:
-        raise BindError(
-            f"edit {bound.edit.name!r} at {bound.site} needs {source.site} of the same run, which is "
-            "reached later; read from another run, or from an earlier site"
-        )
+    assert fact.axes is not None
+    heads = fact.shape[1]
+    try:
+        view.index(heads, str(site), 1)
+    except ReftlabError as error:
+        raise type(error)(f"{who}: {error}") from error
+    return Place(site, fact.order, fact.axes, fact.stream, None, None, view.heads, heads)

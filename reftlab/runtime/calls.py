@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from reftlab.errors import RunError
 from reftlab.runtime.window import Layout
 
-__all__ = ["Calls", "continues_texts", "past_length"]
+__all__ = ["Calls", "Layouts", "continues_texts", "past_length"]
+
+Layouts = dict[str, Layout]
+Window = tuple[int, int, int]
 
 
 class Calls:
@@ -27,14 +30,16 @@ class Calls:
     def __init__(self, model: nn.Module) -> None:
         self._model = _inner(model)
         self._names = _names(model) or _names(self._model)
-        self._caches: weakref.WeakKeyDictionary[Any, Layout] = weakref.WeakKeyDictionary()
+        self._takes = frozenset((*_names(self._model), *self._names))
+        self.has_decoder = bool(getattr(getattr(self._model, "config", None), "is_encoder_decoder", False))
+        self._caches: weakref.WeakKeyDictionary[Any, Layouts] = weakref.WeakKeyDictionary()
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """A call's arguments by name."""
         return {**dict(zip(self._names, args, strict=False)), **kwargs}
 
-    def layout(self, named: Mapping[str, Any], prompt: Mapping[str, Any] | None = None) -> Layout | None:
-        """Where the prompts of a call stand; None where its arguments have no token axis.
+    def layouts(self, named: Mapping[str, Any], prompt: Mapping[str, Any] | None = None) -> Layouts:
+        """Where the prompts of a call stand, by stream; a stream that its arguments lack is left out.
 
         Args:
             named: the call's arguments by name.
@@ -44,23 +49,16 @@ class Calls:
             RunError: the call continues a cache whose prompt is not known, or `prompt` is no prompt
                 of this call.
         """
-        # An encoder-decoder's labels belong to the decoder, whose tokens are not these.
-        coupled = bool(getattr(getattr(self._model, "config", None), "is_encoder_decoder", False))
-        causal = not coupled and continues_texts(self._model)
+        causal = not self.has_decoder and continues_texts(self._model)
         if prompt is not None:
-            layout = Layout.of(prompt, causal=causal, open=True) if isinstance(prompt, Mapping) else None
-            if layout is None:
-                raise RunError(
-                    "prompt= must be the tokenizer's output for the whole prompt, input_ids (row, token)"
-                )
-            tokens = _tokens(named)
-            if tokens is not None and tokens.shape[0] != layout.rows:
-                raise RunError(
-                    f"prompt= has {layout.rows} rows and this call {tokens.shape[0]}; give as many"
-                )
-            return layout
-        if past_length(named) == 0:
-            return Layout.of(named, causal=causal)
+            return {"tokens": self._whole_prompt(named, prompt, causal)}
+        past = past_length(named)
+        if past == 0 or self.has_decoder:
+            own = Layout.of(named, causal=causal)
+            decoder = Layout.of_decoder(named) if self.has_decoder else None
+            found = {} if own is None else {"tokens": own}
+            if past == 0:
+                return found if decoder is None else {**found, "decoder": decoder}
         cache = named.get("past_key_values")
         if cache in self._caches:
             return self._caches[cache]
@@ -69,27 +67,49 @@ class Calls:
             "where the prompt is; give the tokenizer's output for the whole prompt as prompt="
         )
 
-    def remember(self, output: Any, layout: Layout | None, continues: bool) -> None:
+    def _whole_prompt(self, named: Mapping[str, Any], prompt: Any, causal: bool) -> Layout:
+        layout = Layout.of(prompt, causal=causal, open=True) if isinstance(prompt, Mapping) else None
+        if layout is None:
+            raise RunError(
+                "prompt= must be the tokenizer's output for the whole prompt, input_ids (row, token)"
+            )
+        tokens = _tokens(named)
+        if tokens is not None and tokens.shape[0] != layout.rows:
+            raise RunError(f"prompt= has {layout.rows} rows and this call {tokens.shape[0]}; give as many")
+        return layout
+
+    def remember(self, output: Any, layouts: Layouts, continues: bool) -> None:
         """Note whose prompt a cache holds, so that later steps with it know their place."""
         if continues:
             return
         parts = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
         for cache in parts:
-            if layout is not None and hasattr(cache, "get_seq_length"):
-                self._caches[cache] = replace(layout, open=True)
+            if layouts and hasattr(cache, "get_seq_length"):
+                self._caches[cache] = {name: replace(layout, open=True) for name, layout in layouts.items()}
 
     def knows_cache(self, named: Mapping[str, Any]) -> bool:
         """Whether the call's cache is empty, or one that this object has filled."""
         return past_length(named) == 0 or named["past_key_values"] in self._caches
 
-    def window(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int, int] | None:
-        """Rows, first column, and the column after the last, that one pass covers."""
+    def windows(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Window]:
+        """By stream, the rows, the first column, and the column after the last, that one pass covers."""
         named = self.named(args, kwargs)
-        tokens = _tokens(named)
-        if tokens is None:
-            return None
-        start = past_length(named)
-        return tokens.shape[0], start, start + tokens.shape[1]
+        past = past_length(named)
+        found: dict[str, Window] = {}
+        for stream, tokens in (("tokens", _tokens(named)), ("decoder", _decoder_tokens(named))):
+            if tokens is not None and (stream == "tokens" or self.has_decoder):
+                start = past if stream == "decoder" or not self.has_decoder else 0
+                found[stream] = (tokens.shape[0], start, start + tokens.shape[1])
+        return found
+
+    def decoder_prompt(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Layout | None:
+        """The decoder's prompt of a generation, which only its first pass shows."""
+        return Layout.of_decoder(self.named(args, kwargs), open=True) if self.has_decoder else None
+
+    def forward_inputs(self, named: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of a call's arguments that another forward pass on the same inputs takes."""
+        kept = {key: value for key, value in named.items() if isinstance(value, Tensor)}
+        return {key: value for key, value in kept.items() if key in self._takes and key != "labels"}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_caches": None}
@@ -149,4 +169,9 @@ def _names(model: nn.Module) -> list[str]:
 
 def _tokens(named: Mapping[str, Any]) -> Tensor | None:
     values = (named.get(name) for name in ("input_ids", "inputs_embeds"))
+    return next((value for value in values if isinstance(value, Tensor) and value.dim() >= 2), None)
+
+
+def _decoder_tokens(named: Mapping[str, Any]) -> Tensor | None:
+    values = (named.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"))
     return next((value for value in values if isinstance(value, Tensor) and value.dim() >= 2), None)

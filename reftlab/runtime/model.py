@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from reftlab.errors import BindError, RunError, did_you_mean
 from reftlab.graph import BASE, InterventionGraph, Read
-from reftlab.interventions import Intervention
-from reftlab.runtime.bind import BoundEdit, BoundRead, Interventions, bind_nodes, bind_reads
-from reftlab.runtime.calls import Calls, past_length
+from reftlab.runtime.bind import bind_nodes, bind_reads
+from reftlab.runtime.build import Interventions, built_for, device_of, gate_keys
+from reftlab.runtime.calls import Calls, Layouts, past_length
 from reftlab.runtime.hooks import StopForward, turn_of
+from reftlab.runtime.options import Options
+from reftlab.runtime.places import BoundEdit, BoundRead
 from reftlab.runtime.reading import Reading, ReadValues
-from reftlab.runtime.run import Run
-from reftlab.runtime.window import Layout, Selection
+from reftlab.runtime.run import Observer, Run
+from reftlab.runtime.sources import Sources
+from reftlab.runtime.supply import Supply
+from reftlab.runtime.window import Layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,8 +30,6 @@ if TYPE_CHECKING:
     from reftlab.runtime.plan import Plan
 
 __all__ = ["BoundModel"]
-
-Vectors = dict[str, tuple[Tensor, list[int]]]
 
 
 class BoundModel(nn.Module):
@@ -43,6 +45,7 @@ class BoundModel(nn.Module):
         model: any module; it is shared, not copied.
         tokenizer: for positions that look at text, and for what is built on top.
         example: inputs for the shape-only pass, for models whose inputs reftlab cannot make up.
+        built: interventions to take in place of new ones, by their names in `interventions`.
 
     Attributes:
         graph: the graph.
@@ -65,10 +68,13 @@ class BoundModel(nn.Module):
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         example: Any = None,
+        built: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         if isinstance(model, BoundModel):
-            raise BindError("the model is bound already; add the graphs, (a + b).bind(model)")
+            raise BindError(
+                "the model is bound already; bind to its model and add, reft + graph.bind(reft.model)"
+            )
         if isinstance(tokenizer, str):
             raise BindError(f"tokenizer={tokenizer!r}: expected a tokenizer, such as rl.load_model returns")
         if not isinstance(model, nn.Module):
@@ -76,10 +82,11 @@ class BoundModel(nn.Module):
         self.graph, self.model, self.tokenizer = graph, model, tokenizer
         self._example = example
         self._bound_edits, self._bound_reads = bind_nodes(graph, model, example)
-        self.interventions = Interventions({bound.key: self._built(bound) for bound in self._bound_edits})
+        self.interventions = Interventions(built_for(self._bound_edits, model, built or {}))
         self.training = self.interventions.training = model.training
         self.facts: dict[str, Any] = {}
         self._disabled: frozenset[str] = frozenset()
+        self._observers: tuple[Observer, ...] = ()
         self._calls = Calls(model)
         self._ad_hoc: dict[tuple[Read, ...], tuple[BoundRead, ...]] = {}
 
@@ -94,12 +101,18 @@ class BoundModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return _device(self.model)
+        return device_of(self.model)
 
     def forward(
         self,
         *args: Any,
         sources: Mapping[str, Mapping[str, Any]] | None = None,
+        reads: Mapping[str, Any] | None = None,
+        tasks: str | Sequence[str | None] | None = None,
+        subspace: Any = None,
+        scale: Mapping[str, Any] | None = None,
+        select: str | Sequence[str] | None = None,
+        positions: Mapping[str, Any] | None = None,
         prompt: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -107,7 +120,18 @@ class BoundModel(nn.Module):
 
         Args:
             *args, **kwargs: as for the model's own `forward`.
-            sources: inputs of each source run, by its name.
+            sources: inputs of each source run, by its name; one row stands for all rows.
+            reads: tensors in place of what edits would read in source runs, `(row, token, width)`,
+                `(n, width)` or `(width,)`, by the name of the edit, of its read, or of a run from
+                which only one read is taken.
+            tasks: which tasks' edits act in each row, `["emoji", None, "formal+emoji"]`, or one
+                text for all rows; every edit acts everywhere unless given.
+            subspace: directions of the bases in which edits act, `[0, 2]`; one list a row,
+                `[[0], None, [1, 2]]`; or either by edit, `{"emoji": [0]}`.
+            scale: factor of each edit's strength by its name, one number or one a row.
+            select: the edits that act, by name; all unless given.
+            positions: tokens in place of an edit's own, by its name (or `name.source` for its
+                source): `{"emoji": [[3], [4, 5]]}` for each row its own, `{"emoji": "last"}`.
             prompt: the tokenizer's output for the whole prompt, where this call covers only a part
                 of it: a chunk, or a step that continues a cache made elsewhere.
 
@@ -115,26 +139,41 @@ class BoundModel(nn.Module):
             What the model returns.
 
         Raises:
-            RunError: a source is missing or does not match, or the call's tokens cannot be placed.
+            RunError: a source is missing or does not match, an option names what there is not, or
+                the call's tokens cannot be placed.
             PositionError: a row does not have an edit's position.
         """
-        if not self._active_edits() and not sources:
-            return self.model(*args, **kwargs)
-        vectors = self._run_sources(sources)
+        options = Options.of(self.graph, tasks, subspace, scale, select, positions)
+        active = self._active_edits(options)
         named = self._calls.named(args, kwargs)
-        layout = self._calls.layout(named, prompt)
-        run = self._run(BASE, layout, vectors)
+        if not active and not sources and not reads:
+            layout = None if tasks is None else Layout.of(named, causal=False)
+            if layout is not None:
+                options.check_rows(layout.rows)
+            return self.model(*args, **kwargs)
+        supplies = Sources(self, options, named, sources, reads).supplies()
+        layouts = self._calls.layouts(named, prompt)
+        run = self._run(BASE, layouts, supplies, options)
         past = past_length(named)
         continues = prompt is not None or past > 0
         output = self._call(run, self.model, args, kwargs)
-        self._calls.remember(output, layout, continues)
-        window = self._calls.window(args, kwargs)
+        self._calls.remember(output, layouts, continues)
+        window = self._calls.windows(args, kwargs).get("tokens")
         further = past > 0 and prompt is None and window is not None and window[2] - window[1] > 1
         run.check_touched(continues, further)
         return output
 
     def generate(
-        self, *args: Any, sources: Mapping[str, Mapping[str, Any]] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        sources: Mapping[str, Mapping[str, Any]] | None = None,
+        reads: Mapping[str, Any] | None = None,
+        tasks: str | Sequence[str | None] | None = None,
+        subspace: Any = None,
+        scale: Mapping[str, Any] | None = None,
+        select: str | Sequence[str] | None = None,
+        positions: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Generate with the model's own `generate` and its edits.
 
@@ -143,46 +182,50 @@ class BoundModel(nn.Module):
 
         Args:
             *args, **kwargs: as for the model's own `generate`.
-            sources: inputs of each source run, by its name.
+            sources, reads, tasks, subspace, scale, select, positions: as for `forward`; rows are
+                those of the prompts, however many sequences each of them gets.
 
         Returns:
             What the model's `generate` returns.
         """
         if not hasattr(self.model, "generate"):
             raise RunError(f"{type(self.model).__name__} has no generate")
-        if not self._active_edits() and not sources:
-            return self.model.generate(*args, **kwargs)
-        vectors = self._run_sources(sources)
+        options = Options.of(self.graph, tasks, subspace, scale, select, positions)
         named = dict(kwargs) if not args else {"input_ids": args[0], **kwargs}
         if "inputs" in named:
             named["input_ids"] = named.pop("inputs")
+        if not self._active_edits(options) and not sources and not reads:
+            layout = None if tasks is None else Layout.of(named, causal=False)
+            if layout is not None:
+                options.check_rows(layout.rows)
+            return self.model.generate(*args, **kwargs)
         if named.get("guidance_scale", 1) not in (None, 1):
             raise RunError(
                 f"guidance_scale={named['guidance_scale']}: classifier-free guidance runs the model on a "
                 "second prompt, of which the edits know nothing; leave it out"
             )
-        if named.get("attention_mask") is None and isinstance(named.get("input_ids"), Tensor):
+        if named.get("attention_mask") is None and isinstance(named.get("input_ids"), torch.Tensor):
             named["attention_mask"] = self._calls.mask_of(named)
         # A compiled decoding step would be traced once and keep the edits of its first token.
         kwargs.setdefault("disable_compile", True)
         layout = Layout.of(named, causal=False, open=True)
-        if layout is None:
+        if layout is None and not self._calls.has_decoder:
             raise RunError("generate needs input_ids or inputs_embeds, (row, token)")
-        run, past = self._run(BASE, layout, vectors), past_length(named)
-        for bound in () if self._calls.knows_cache(named) else run.edits:
-            if run.starts_before(bound, past):
-                raise RunError(
-                    f"edit {bound.key!r} acts on tokens that past_key_values hold already, and this bound "
-                    "model did not make them; generate without past_key_values"
-                )
         with torch.no_grad():
+            supplies = Sources(self, options, named, sources, reads).supplies()
+            run, past = (
+                self._run(BASE, {"tokens": layout} if layout else {}, supplies, options),
+                past_length(named),
+            )
+            for bound in () if self._calls.knows_cache(named) else run.edits:
+                if run.starts_before(bound, past):
+                    raise RunError(
+                        f"edit {bound.key!r} acts on tokens that past_key_values hold already, and this bound "
+                        "model did not make them; generate without past_key_values"
+                    )
             output = self._call(run, self.model.generate, args, kwargs)
-        for bound in run.edits:
-            if past == 0 and bound.edit.phase != "decode" and not run.touched[bound.key]:
-                raise RunError(
-                    f"edit {bound.key!r} touched no token: generation did not run {bound.site} on "
-                    f"{bound.edit.positions}"
-                )
+        if past == 0:
+            run.check_generated()
         return output
 
     def read(
@@ -190,6 +233,7 @@ class BoundModel(nn.Module):
         *reads: str | Read,
         positions: Any = None,
         sources: Mapping[str, Mapping[str, Any]] | None = None,
+        tasks: str | Sequence[str | None] | None = None,
         prompt: Mapping[str, Any] | None = None,
         grad: bool = False,
         **inputs: Any,
@@ -200,12 +244,13 @@ class BoundModel(nn.Module):
             *reads: sites such as `"blocks[5].output"`, `"blocks[5].output @ last"`, or `Read`
                 objects; without any, the graph's own reads, those in source runs included.
             positions: positions for those that name none.
-            sources, prompt: as for `forward`.
+            sources, tasks, prompt: as for `forward`.
             grad: whether the vectors carry gradients.
             **inputs: the model's inputs.
 
         Returns:
-            Named tensors `(row, token, width)` in the model's dtype.
+            Named tensors `(row, token, width)` in the model's dtype; attention scores and patterns
+            are `(row, head, token, key)`.
 
         >>> reft.read("blocks[5].output @ last", **batch)          # doctest: +SKIP
         Reading('blocks[5].output @ last': (8, 1, 576))
@@ -215,20 +260,23 @@ class BoundModel(nn.Module):
             raise RunError(
                 "nothing to read: name sites, as in reft.read('blocks[5].output @ last', **inputs)"
             )
-        layout = self._calls.layout(inputs, prompt)
-        there, here = [[r for r in wanted if (r.run == BASE) is base] for base in (False, True)]
-        results: dict[str, tuple[Tensor, Selection]] = {}
-        vectors = self._run_sources(sources, tuple(there), results)
+        options = Options.of(self.graph, tasks)
+        layouts = self._calls.layouts(inputs, prompt)
+        there, here = [tuple(r for r in wanted if (r.run == BASE) is base) for base in (False, True)]
+        runs = Sources(self, options, inputs, sources, None, there)
+        supplies, results = runs.supplies(), runs.results
         if here:
             with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-                run = self._run(BASE, layout, vectors, tuple(here), stop_early=True)
+                run = self._run(BASE, layouts, supplies, options, here, stop_early=True)
                 self._call(run, self.model, (), inputs)
             results.update(run.results)
         missing = [read.label for read in wanted if read.label not in results]
         if missing:
             raise RunError(f"{missing[0]!r} was not reached in this forward pass")
-        rows = layout.rows if layout is not None else max(int(s.rows.max()) + 1 for _, s in results.values())
-        return Reading({read.label: ReadValues.of(*results[read.label]) for read in wanted}, rows)
+        rows = max(results[read.label].rows for read in wanted)
+        return Reading(
+            {read.label: ReadValues.of(results[read.label], _heads(read)) for read in wanted}, rows
+        )
 
     @contextlib.contextmanager
     def disabled(self, *names: str) -> Iterator[BoundModel]:
@@ -245,6 +293,16 @@ class BoundModel(nn.Module):
             self._disabled = before
 
     @contextlib.contextmanager
+    def watching(self, see: Observer) -> Iterator[BoundModel]:
+        """Show `see` what every edit does inside a `with` block; see `reftlab.runtime.run.Observer`."""
+        before = self._observers
+        self._observers = (*before, see)
+        try:
+            yield self
+        finally:
+            self._observers = before
+
+    @contextlib.contextmanager
     def replaced(self, key: str, intervention: nn.Module) -> Iterator[BoundModel]:
         """Put another intervention in the place of one inside a `with` block."""
         if key not in self.interventions:
@@ -256,6 +314,34 @@ class BoundModel(nn.Module):
             yield self
         finally:
             self.interventions[key] = before
+
+    def __add__(self, other: BoundModel) -> BoundModel:
+        """Both models' edits in one; those of the left one act first where they share a site.
+
+        The new object shares the trained interventions with the two that it is made of. An edit of
+        the same name in both is an error; `rename` one of them.
+        """
+        from reftlab.runtime.compose import added
+
+        return added(self, other) if isinstance(other, BoundModel) else NotImplemented
+
+    def select(self, *names: str) -> BoundModel:
+        """Only the named edits and reads, with the interventions that they have here."""
+        from reftlab.runtime.compose import derived
+
+        return derived(self, self.graph.select(*names))
+
+    def scale(self, name: str, factor: float) -> BoundModel:
+        """The same edits with one edit's strength multiplied by `factor`."""
+        from reftlab.runtime.compose import derived
+
+        return derived(self, self.graph.scale(name, factor))
+
+    def rename(self, names: Mapping[str, str]) -> BoundModel:
+        """The same edits with nodes renamed, `{"old": "new"}`."""
+        from reftlab.runtime.compose import derived
+
+        return derived(self, self.graph.rename(names), names)
 
     def plan(self) -> Plan:
         """What this object does in a forward pass, in words and as a table."""
@@ -291,17 +377,10 @@ class BoundModel(nn.Module):
     def _repr_html_(self) -> str:
         return self.plan()._repr_html_()
 
-    def _built(self, bound: BoundEdit) -> Intervention:
-        try:
-            built = bound.edit.intervention.build(bound.width)
-        except ValueError as error:
-            raise type(error)(f"edit {bound.key!r} at {bound.site}: {error}") from error
-        return built.to(_device(self.model.get_submodule(bound.site.module), self.model)).train(
-            self.model.training
+    def _active_edits(self, options: Options) -> tuple[BoundEdit, ...]:
+        return tuple(
+            b for b in self._bound_edits if b.edit.name not in self._disabled and options.acts(b.edit)
         )
-
-    def _active_edits(self) -> tuple[BoundEdit, ...]:
-        return tuple(b for b in self._bound_edits if b.edit.name not in self._disabled)
 
     def _bound(self, reads: tuple[str | Read, ...], positions: Any) -> tuple[BoundRead, ...]:
         if not reads:
@@ -322,68 +401,23 @@ class BoundModel(nn.Module):
     def _run(
         self,
         name: str,
-        layout: Layout | None,
-        vectors: Vectors,
+        layouts: Layouts,
+        supplies: Mapping[str, Supply],
+        options: Options,
         reads: tuple[BoundRead, ...] = (),
         stop_early: bool = False,
     ) -> Run:
-        edits = tuple(bound for bound in self._active_edits() if bound.edit.run == name)
-        return Run(self.model, edits, reads, self.interventions, layout, self.tokenizer, vectors, stop_early)
-
-    def _run_sources(
-        self,
-        sources: Mapping[str, Mapping[str, Any]] | None,
-        wanted: tuple[BoundRead, ...] = (),
-        results: dict[str, tuple[Tensor, Selection]] | None = None,
-    ) -> Vectors:
-        """Run every source that an active edit or a wanted read needs.
-
-        Returns:
-            The vectors read there for edits; those of `wanted` are put in `results`.
-        """
-        given = dict(sources) if isinstance(sources, Mapping) else {}
-        if sources is not None and not isinstance(sources, Mapping):
-            raise RunError(
-                f"sources={sources!r}: expected inputs by name, sources={{'corrupt': tokenizer(...)}}"
-            )
-        for name, inputs in given.items():
-            if not isinstance(inputs, Mapping):
-                raise RunError(
-                    f"sources={{{name!r}: …}}: expected the inputs of a forward pass by name, as a tokenizer "
-                    f"returns them, not {type(inputs).__name__}"
-                )
-            if name not in self.graph.sources:
-                raise RunError(
-                    f"sources has {name!r}, which the graph does not declare; it has "
-                    f"{list(self.graph.sources)}.{did_you_mean(name, self.graph.sources)}"
-                )
-        vectors: Vectors = {}
-        active = self._active_edits()
-        for name in self.graph.run_order[:-1]:
-            feeding = tuple(b.source for b in active if b.source is not None and b.source.run == name)
-            reads = (*feeding, *(read for read in wanted if read.run == name))
-            if not reads:
-                continue
-            if name not in given:
-                users = [f"edit {b.edit.name!r}" for b in active if b.source in feeding]
-                users += [f"read {read.label!r}" for read in wanted if read.run == name]
-                raise RunError(
-                    f"{users[0]} reads from run {name!r}, and no inputs were given for it; call with "
-                    f"sources={{{name!r}: tokenizer(...)}}"
-                )
-            inputs = dict(given[name])
-            with torch.no_grad():
-                run = self._run(name, self._calls.layout(inputs), vectors, reads, stop_early=True)
-                self._call(run, self.model, (), inputs)
-            labels = [read.label for read in feeding]
-            vectors.update({label: run.vectors[label] for label in labels if label in run.vectors})
-            if results is not None:
-                results.update({k: v for k, v in run.results.items() if k not in labels})
-        return vectors
+        edits = tuple(bound for bound in self._active_edits(options) if bound.edit.run == name)
+        return Run(
+            self.model, edits, reads, self.interventions, layouts, self.tokenizer, supplies, options,
+            stop_early, self._observers,
+        )  # fmt: skip
 
     def _call(self, run: Run, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        built_ones = (self.interventions[bound.key] for bound in run.edits)
-        prepared = [built for built in built_ones if isinstance(built, Intervention)]
+        mine = [name for bound in run.edits for name in (bound.module, *gate_keys(bound))]
+        prepared = [
+            m for m in map(self.interventions.__getitem__, dict.fromkeys(mine)) if hasattr(m, "prepare")
+        ]
         with turn_of(self.model), run.hooks() as hooks:
             hooks.on_input(self.model, self._window_mover(run), first=True)
             try:
@@ -402,21 +436,18 @@ class BoundModel(nn.Module):
         """A hook that tells the run, before each pass of the model, which columns it covers."""
 
         def act(module: nn.Module, args: Any, kwargs: Any) -> None:
-            window = self._calls.window(args, kwargs)
-            if window is not None:
-                run.move_window(*window)
+            decoder = None if "decoder" in run.chooser.frames else self._calls.decoder_prompt(args, kwargs)
+            run.move(self._calls.windows(args, kwargs), decoder)
 
         return act
+
+
+def _heads(read: BoundRead) -> int:
+    """How many heads' keys stand in each vector of a read; 1 for all sites but attention's."""
+    return read.place.head_count if read.place.heads is None else len(read.place.heads)
 
 
 def _placed(read: str | Read, positions: Any) -> Read:
     """A read as an object, at the shared positions where it names none."""
     node = Read(read) if isinstance(read, str) else read
     return node if node.positions is not None or positions is None else node.with_positions(positions)
-
-
-def _device(*modules: nn.Module) -> torch.device:
-    for module in modules:
-        for tensor in (*module.parameters(), *module.buffers()):
-            return tensor.device
-    return torch.device("cpu")

@@ -115,7 +115,7 @@ def plan_of(bound: BoundModel) -> Plan:
 
 
 def _edit_step(bound: BoundModel, place: BoundEdit) -> PlanStep:
-    edit, built = place.edit, bound.interventions[place.key]
+    edit, built = place.edit, bound.interventions[place.module]
     does = edit.intervention.describe()
     if edit.strength != 1.0:
         does += f" at strength {edit.strength:g}"

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reftlab.errors import did_you_mean
-from reftlab.runtime.window import Selection
+from reftlab.runtime.supply import Supply
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,21 +28,27 @@ class ReadValues:
     Attributes:
         vectors: `(n, width)`, in the model's dtype.
         rows: `(n,)`, the row of the batch that each vector comes from.
-        positions: `(n,)`, its token's number among the real tokens of the row.
+        positions: `(n,)`, its token's number among the real tokens of the row; the first one's
+            where several are joined.
+        heads: for attention scores and patterns, how many heads' keys a vector holds; else 1.
     """
 
     vectors: Float[Tensor, "n width"]
     rows: Int[Tensor, " n"]
     positions: Int[Tensor, " n"]
+    heads: int = 1
 
     @classmethod
-    def of(cls, vectors: Tensor, chosen: Selection) -> ReadValues:
-        return cls(vectors, chosen.rows, chosen.numbers)
+    def of(cls, supply: Supply, heads: int = 1) -> ReadValues:
+        assert supply.tokens is not None
+        return cls(supply.vectors, supply.tokens.rows, supply.tokens.numbers, heads)
 
 
 @dataclass(frozen=True, eq=False)
 class Reading(Mapping[str, Tensor]):
     """Named tensors `(row, token, width)`, by the name of the read or `"path @ positions"`.
+
+    Attention scores and patterns are `(row, head, token, key)`, their keys the columns of the batch.
 
     Where rows have different numbers of tokens, the missing places hold NaN and are False in
     `mask(name)`; `flat(name)` has the vectors without padding.
@@ -50,12 +57,16 @@ class Reading(Mapping[str, Tensor]):
     values_by_name: dict[str, ReadValues]
     rows: int
 
-    def __getitem__(self, name: str) -> Float[Tensor, "row token width"]:
+    def __getitem__(self, name: str) -> Float[Tensor, "..."]:
         read, mask = self.flat(name), self.mask(name)
         if bool(mask.all()):
-            return read.vectors.reshape(*mask.shape, -1)
-        padded = read.vectors.new_full((*mask.shape, read.vectors.shape[1]), float("nan"))
-        return padded.masked_scatter(mask[..., None].to(padded.device), read.vectors)
+            found = read.vectors.reshape(*mask.shape, -1)
+        else:
+            padded = read.vectors.new_full((*mask.shape, read.vectors.shape[1]), float("nan"))
+            found = padded.masked_scatter(mask[..., None].to(padded.device), read.vectors)
+        if read.heads == 1:
+            return found
+        return rearrange(found, "row token (head key) -> row head token key", head=read.heads)
 
     def flat(self, name: str) -> ReadValues:
         """The vectors of one read without padding."""

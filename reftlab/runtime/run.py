@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from reftlab.address import Position, head_name
-from reftlab.errors import InterventionError, PositionError, RunError, UntouchedEditWarning
+from reftlab.address import ATTENTION_SIDES
+from reftlab.errors import InterventionError, RunError, UntouchedEditWarning
 from reftlab.interventions import Intervention
-from reftlab.runtime.bind import BoundEdit, BoundRead
+from reftlab.runtime.attention import SoftmaxWatch, eager_attention
+from reftlab.runtime.build import gate_keys
+from reftlab.runtime.calls import Layouts
+from reftlab.runtime.choose import Chooser, Chosen, Frame
 from reftlab.runtime.hooks import OwnedHooks, StopForward
 from reftlab.runtime.leaf import get_input, get_output, put_input, put_output
+from reftlab.runtime.options import Options
+from reftlab.runtime.places import BoundEdit, BoundRead
+from reftlab.runtime.supply import Supply, aligned, row_means
 from reftlab.runtime.window import Layout, Selection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Run"]
+__all__ = ["Observer", "Run"]
 
-
-@dataclass(frozen=True)
-class _Frame:
-    """What one pass covers: columns `[start, stop)` of `rows` rows, under a layout."""
-
-    layout: Layout
-    rows: int
-    start: int
-    stop: int
-
-    @property
-    def group(self) -> int:
-        """How many rows of the batch stand for one row of the layout: its beams or sequences."""
-        return self.rows // max(1, self.layout.rows)
+Node = BoundEdit | BoundRead
+Observer = Callable[[BoundEdit, Selection, Tensor, Tensor, Tensor | None], None]
+"""Is shown, after each edit, the edit, one token for each vector, and `(n, width)` old, new and source."""
 
 
 class Run:
@@ -46,12 +41,13 @@ class Run:
         model: the bare model.
         edits: this run's edits, in the order of the graph.
         reads: this run's reads, which take values after the edits of their site.
-        interventions: built interventions by `BoundEdit.key`.
-        layout: where prompts stand; None for models whose inputs have no token axis, whose sites'
-            tensors then tell.
+        interventions: built interventions by `BoundEdit.module`, and gates by `gate_key`.
+        layouts: where prompts stand, by stream; sites' tensors tell where a stream is missing.
         tokenizer: for positions that look at text.
-        vectors: vectors `(n, width)` that other runs have read, by `BoundRead.label`.
+        supplies: what other runs have read, or the call gives, by `BoundRead.label`.
+        options: what this call says of its edits.
         stop_early: whether to end the pass once every read is taken.
+        observers: who is shown what every edit does.
     """
 
     def __init__(
@@ -60,52 +56,67 @@ class Run:
         edits: tuple[BoundEdit, ...],
         reads: tuple[BoundRead, ...],
         interventions: nn.ModuleDict,
-        layout: Layout | None,
+        layouts: Layouts,
         tokenizer: PreTrainedTokenizerBase | None,
-        vectors: Mapping[str, tuple[Tensor, list[int]]],
+        supplies: Mapping[str, Supply],
+        options: Options,
         stop_early: bool = False,
+        observers: tuple[Observer, ...] = (),
     ) -> None:
         self.model, self.edits, self.reads = model, edits, reads
-        self.interventions, self.tokenizer = interventions, tokenizer
-        self.frame = None if layout is None else _Frame(layout, layout.rows, 0, layout.width)
-        self.vectors = dict(vectors)
-        self.results: dict[str, tuple[Tensor, Selection]] = {}
+        self.interventions, self.options = interventions, options
+        self.chooser = Chooser(model, layouts, tokenizer, options)
+        self.supplies = dict(supplies)
+        self.results: dict[str, Supply] = {}
         self.touched: dict[str, int] = {edit.key: 0 for edit in edits}
-        self._visited: set[int] = set()
-        self._selections: dict[tuple[Position, str, int], Selection] = {}
-        self._frames: dict[tuple[int, int], _Frame] = {}
+        self._visits: dict[int, int] = {}
         self._missing = {read.label for read in reads} if stop_early else set()
         self._stop_early = stop_early
+        self._observers = observers
+        self._watch = SoftmaxWatch()
+        if self.chooser.rows is not None:
+            options.check_rows(self.chooser.rows)
 
-    def hooks(self) -> OwnedHooks:
-        """This run's hooks, put on the model; use as a context manager around the call."""
-        owned = OwnedHooks(self.model)
-        nodes: list[BoundEdit | BoundRead] = []
-        for edit in self.edits:
-            # A read that feeds an edit at its own site takes the value from right before that edit.
-            if edit.source is not None and edit.source.run == edit.edit.run:
-                nodes.append(edit.source)
-            nodes.append(edit)
-        nodes += self.reads
-        groups: dict[Any, list[BoundEdit | BoundRead]] = {}
-        for node in nodes:
+    @contextlib.contextmanager
+    def hooks(self) -> Iterator[OwnedHooks]:
+        """Put this run's hooks on the model around the call."""
+        groups: dict[tuple[str, str], list[Node]] = {}
+        for node in self._nodes():
             groups.setdefault((node.site.module, node.site.side), []).append(node)
-        targets = {module: self.model.get_submodule(module) for module, _ in groups}
-        for (module, side), group in groups.items():
-            target = targets[module]
-            if side == "output":
-                owned.on_output(target, self._on_output(group, owned))
-            else:
-                owned.on_input(target, self._on_input(group, owned))
-        return owned
+        attended = list(dict.fromkeys(module for module, side in groups if side in ATTENTION_SIDES))
+        with OwnedHooks(self.model) as owned, contextlib.ExitStack() as stack:
+            if attended:
+                stack.enter_context(eager_attention(self.model))
+                stack.enter_context(self._watch)
+            for name in attended:
+                sides = [groups.get((name, side), []) for side in ("scores", "pattern")]
+                self._attend(self.model.get_submodule(name), name, sides, owned)
+            for (name, side), nodes in groups.items():
+                target = self.model.get_submodule(name)
+                if side == "output":
+                    owned.on_output(target, self._on_output(nodes, owned))
+                elif side == "input":
+                    owned.on_input(target, self._on_input(nodes, owned))
+            yield owned
 
-    def move_window(self, rows: int, start: int, stop: int) -> None:
-        """Say which columns the next forward pass covers, and how many rows its batch has."""
-        self._visited.clear()
-        if self.frame is not None:
-            self.frame = _Frame(self.frame.layout, rows, start, stop)
+    def _nodes(self) -> Iterator[Node]:
+        """This run's nodes in the order in which they act where they share a site."""
+        seen: set[str] = set()
+        for edit in self.edits:
+            # A read that an edit needs at its own site takes the value from right before that edit.
+            for read in edit.reads:
+                if read.run == edit.edit.run and read.label not in self.supplies and read.label not in seen:
+                    seen.add(read.label)
+                    yield read
+            yield edit
+        yield from self.reads
 
-    def _on_output(self, nodes: list[BoundEdit | BoundRead], owned: OwnedHooks) -> Any:
+    def move(self, windows: Mapping[str, tuple[int, int, int]], decoder: Layout | None = None) -> None:
+        """Say which columns the next forward pass covers; see `Chooser.move`."""
+        self._visits.clear()
+        self.chooser.move(windows, decoder)
+
+    def _on_output(self, nodes: list[Node], owned: OwnedHooks) -> Any:
         def act(module: nn.Module, args: Any, output: Any) -> Any:
             changed = output
             for node in nodes:
@@ -118,7 +129,7 @@ class Run:
 
         return act
 
-    def _on_input(self, nodes: list[BoundEdit | BoundRead], owned: OwnedHooks) -> Any:
+    def _on_input(self, nodes: list[Node], owned: OwnedHooks) -> Any:
         def act(module: nn.Module, args: Any, kwargs: Any) -> Any:
             for node in nodes:
                 tensor = get_input(module, args, kwargs, node.site.leaf, str(node.site))
@@ -129,6 +140,33 @@ class Run:
             return args, kwargs
 
         return act
+
+    def _attend(self, module: nn.Module, name: str, sides: list[list[Node]], owned: OwnedHooks) -> None:
+        """Watch the softmax of an attention module."""
+
+        def changer(nodes: list[Node]) -> Callable[[Tensor], Tensor]:
+            def change(tensor: Tensor) -> Tensor:
+                for node in nodes:
+                    new = self._visit(node, tensor, owned)
+                    tensor = tensor if new is None else new
+                return tensor
+
+            return change
+
+        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if not owned.active:
+                raise RunError(
+                    f"{name}: attention scores and patterns cannot be edited under gradient checkpointing; "
+                    "turn it off"
+                )
+            self._watch.begin(changer(sides[0]), changer(sides[1]))
+
+        def end(module: nn.Module, args: Any, output: Any) -> None:
+            self._watch.end(name)
+            self._maybe_stop()
+
+        owned.on_input(module, begin)
+        owned.on_output(module, end)
 
     def _maybe_stop(self) -> None:
         if self._stop_early and not self._missing:
@@ -147,6 +185,8 @@ class Run:
         for bound in self.edits:
             reached = self.touched[bound.key] or (continues and not self.expects(bound))
             if not reached and bound.edit.phase != "decode":
+                if not self._chooses_any(bound):
+                    continue
                 raise RunError(f"edit {bound.key!r} touched no token: {bound.site} did not run in this call")
             if not reached:
                 _warn(
@@ -160,154 +200,197 @@ class Run:
                     "prompt="
                 )
 
+    def check_generated(self) -> None:
+        """Refuse a generation that left out an edit of the prompt."""
+        for bound in self.edits:
+            if bound.edit.phase != "decode" and not self.touched[bound.key] and self._chooses_any(bound):
+                raise RunError(
+                    f"edit {bound.key!r} touched no token: generation did not run {bound.site} on "
+                    f"{self.chooser.position(bound)}"
+                )
+
     def starts_before(self, node: BoundEdit, column: int) -> bool:
         """Whether an edit chooses a prompt token that stands before a column."""
-        return self.frame is not None and bool(
-            (self._selection(node, self.frame.layout).columns < column).any()
-        )
+        frame = self.chooser.frames.get(node.place.stream)
+        return frame is not None and bool((self.chooser.selection(node, frame.layout).columns < column).any())
 
     def expects(self, node: BoundEdit) -> bool:
         """Whether this pass covers a token that the edit chooses."""
-        return self.frame is None or len(self._in_window(node, self.frame)[0]) > 0
+        frame = self.chooser.frames.get(node.place.stream)
+        return frame is None or len(self.chooser.in_window(node, frame)) > 0
 
-    def _visit(self, node: BoundEdit | BoundRead, tensor: Tensor, owned: OwnedHooks) -> Tensor | None:
+    def _chooses_any(self, node: BoundEdit) -> bool:
+        """Whether the edit has a token in any row; positions given for a call may leave it none."""
+        frame = self.chooser.frames.get(node.place.stream)
+        return frame is None or len(self.chooser.selection(node, frame.layout)) > 0
+
+    def _visit(self, node: Node, given: Tensor, owned: OwnedHooks) -> Tensor | None:
         """Carry out a node on its site's tensor; the new tensor, or None where nothing changes."""
-        if owned.active and id(node) in self._visited:
+        place, visits = node.place, self._visits.get(id(node), 0)
+        if owned.active and visits and place.stream != "calls":
             raise RunError(
                 f"{node.site} was reached more than once in one forward pass, and reftlab cannot say which "
                 "time is meant; choose a module that runs once"
             )
-        self._visited.add(id(node))
-        frame = self._frame_for(node, tensor)
-        chosen, order = self._in_window(node, frame)
-        rows, columns = chosen.rows.to(tensor.device), (chosen.columns - frame.start).to(tensor.device)
-        where = (rows,) if tensor.dim() == 2 else (rows, columns)
+        self._visits[id(node)] = visits + 1
+        own = self.chooser.frames.get(place.stream)
+        tensor = place.axes.arrange(given, own.rows if own is not None else given.shape[0])
+        frame = self.chooser.frame_for(place, tensor, visits)
+        chosen = self.chooser.in_window(node, frame)
         if isinstance(node, BoundRead):
-            self._keep(node, tensor[where], chosen, frame)
+            self._keep(
+                node, _gathered(tensor, chosen, frame, place.features(tensor.shape[-1])), chosen, frame
+            )
             return None
         if len(chosen) == 0:
             return None
         self.touched[node.key] += len(chosen)
-        with torch.autocast(tensor.device.type, enabled=False):
-            source = None if node.source is None else self._source(node, chosen, order, frame)
-            with owned.paused():
-                new = self._edited(node, tensor[where], chosen, source)
-            return owned.remember(tensor.index_put(where, new))
+        with torch.autocast(tensor.device.type, enabled=False), owned.paused():
+            new = self._edit(node, tensor, chosen, frame)
+        return None if new is None else owned.remember(place.axes.restore(new, given))
 
-    def _edited(self, node: BoundEdit, whole: Tensor, chosen: Selection, source: Tensor | None) -> Tensor:
-        """The new values `(n, site width)` for the chosen tokens' values `whole`."""
-        index = None if node.index is None else node.index.to(whole.device)
-        base = (whole if index is None else whole[:, index]).float()
-        intervention = self.interventions[node.key]
-        extra: dict[str, Tensor] = {}
-        if isinstance(intervention, Intervention) and intervention.counts_positions:
-            extra["positions"] = chosen.numbers
+    def _edit(self, node: BoundEdit, tensor: Tensor, chosen: Chosen, frame: Frame) -> Tensor | None:
+        """The site's tensor with the chosen vectors edited, or None where the edit acts on none."""
+        own = self.chooser.selection(node, frame.layout) if frame.layout.width else chosen.tokens
+        own = own if chosen.joins == 1 else own.where(slice(None, None, chosen.joins))
+        source = self._source(node, chosen, own, frame)
+        acts, share = self._acting(node, chosen, own, frame)
+        if acts is not None:
+            if not bool(acts.any()):
+                return None
+            chosen = chosen.where(acts)
+            source = None if source is None else source[acts.to(source.device)]
+            share = share if not isinstance(share, Tensor) else share[acts.to(share.device)]
+        index = node.place.features(tensor.shape[-1])
+        base = _gathered(tensor, chosen, frame, index)
+        rows = chosen.vectors.rows // frame.group
+        factor = self.options.factor(node.edit, rows)
+        if isinstance(share, Tensor):
+            factor = share[:, None] * (factor.to(share) if isinstance(factor, Tensor) else factor)
+        new = self._changed(node, base, source, chosen.vectors, rows, factor)
+        where = _where(chosen.tokens, frame, tensor)
+        values = new.reshape(len(chosen), -1).to(tensor.dtype)
+        if index is not None:
+            values = tensor[where].index_copy(1, index.to(tensor.device), values)
+        return tensor.index_put(where, values)
+
+    def _changed(
+        self,
+        node: BoundEdit,
+        given: Tensor,
+        source: Tensor | None,
+        tokens: Selection,
+        rows: Tensor,
+        factor: float | Tensor,
+    ) -> Tensor:
+        """The new vectors `(n, width)` for the vectors `given`."""
+        base = given.float()
+        built: Any = self.interventions[node.module]
+        subspace = self.options.directions(node.edit, rows, getattr(built, "directions", None))
+        source = None if source is None else source.to(base)
+        if source is not None and source.shape != base.shape:
+            raise RunError(
+                f"edit {node.key!r}: its source's vectors are {tuple(source.shape)}, its own {tuple(base.shape)}"
+            )
         try:
-            new = intervention(base, None if source is None else source.to(base), **extra)
+            new = built.edited(
+                base,
+                source,
+                subspace=None if subspace is None else subspace.to(base.device),
+                positions=tokens.numbers,
+            )
         except Exception as error:
             error.add_note(f"in edit {node.key!r} at {node.site}")
             raise
-        if not isinstance(new, Tensor) or new.shape != base.shape:
-            shape = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
-            raise InterventionError(
-                f"edit {node.key!r}: the intervention returned {shape} for vectors of shape "
-                f"{tuple(base.shape)}"
-            )
-        if not new.is_floating_point() or new.device != base.device:
-            raise InterventionError(
-                f"edit {node.key!r}: the intervention returned {new.dtype} on {new.device} for vectors of "
-                f"{base.dtype} on {base.device}"
-            )
-        if node.edit.strength != 1.0:
-            new = base + node.edit.strength * (new - base)
-        new = new.to(whole.dtype)
-        return new if index is None else whole.index_copy(1, index, new)
+        _check_new(new, base, node)
+        if isinstance(factor, Tensor) or factor != 1.0:
+            new = base + (factor.to(base) if isinstance(factor, Tensor) else factor) * (new - base)
+        for see in self._observers:
+            see(node, tokens, base, new, source)
+        return new
 
-    def _source(self, node: BoundEdit, chosen: Selection, order: Tensor, frame: _Frame) -> Tensor:
+    def _acting(
+        self, node: BoundEdit, chosen: Chosen, own: Selection, frame: Frame
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Which vectors the edit acts on, `(n,)` bool on the CPU, and the share of a soft condition."""
+        acts = self.options.rows_of(node.edit, chosen.vectors.rows // frame.group)
+        if node.edit.when is None:
+            return acts, None
+        vectors = {}
+        for read, bound in node.when.items():
+            supply = self._supply(node, bound)
+            vectors[read] = aligned(supply, node, bound, chosen, own, frame, per_row=True)
+        gates = dict(
+            zip(node.edit.when.gates, map(self.interventions.__getitem__, gate_keys(node)), strict=True)
+        )
+        mask = node.edit.when.mask(vectors, gates)
+        if mask.dtype != torch.bool:
+            return acts, mask
+        mask = mask.cpu()
+        return mask if acts is None else acts & mask, None
+
+    def _source(self, node: BoundEdit, chosen: Chosen, own: Selection, frame: Frame) -> Tensor | None:
         """The source's vectors that belong to the chosen tokens, `(n, width)`."""
-        source = node.source
-        assert source is not None
-        if source.label not in self.vectors:
-            raise RunError(f"edit {node.key!r}: its source {source.site} was not reached before it")
-        vectors, counts = self.vectors[source.label]
-        own = self._selection(node, frame.layout).counts(frame.layout.rows)
-        if len(counts) != len(own):
-            raise RunError(
-                f"edit {node.key!r}: its source run {source.run!r} has {len(counts)} rows, this one "
-                f"{len(own)}; give as many"
+        read = node.source
+        if read is None:
+            return None
+        supply = self._supply(node, read)
+        if getattr(self.interventions[node.module], "averages_source", False):
+            rows = chosen.vectors.rows
+            return row_means(supply, rows if supply.here else rows // frame.group)
+        return aligned(supply, node, read, chosen, own, frame, per_row=False)
+
+    def _supply(self, node: BoundEdit, read: BoundRead) -> Supply:
+        if read.label not in self.supplies:
+            raise RunError(f"edit {node.key!r}: {read.site}, which it needs, was not reached before it")
+        return self.supplies[read.label]
+
+    def _keep(self, node: BoundRead, vectors: Tensor, chosen: Chosen, frame: Frame) -> None:
+        """Note what a read has taken; one that this pass does not reach keeps what it had."""
+        before = self.results.get(node.label)
+        supply = Supply(vectors, chosen.vectors, frame.rows, here=True)
+        if before is not None and node.place.stream == "calls":
+            tokens, order = Selection.joined([before.tokens, supply.tokens]).ascending()
+            supply = Supply(
+                torch.cat([before.vectors, vectors])[order.to(vectors.device)], tokens, frame.rows, True
             )
-        if getattr(self.interventions[node.key], "averages_source", False):
-            return _row_means(vectors, counts)[chosen.rows.to(vectors.device) // frame.group]
-        for row, (have, need) in enumerate(zip(counts, own, strict=True)):
-            if have != need:
-                raise RunError(
-                    f"edit {node.key!r}: row {row} edits {need} tokens ({node.edit.positions}) and its "
-                    f"source offers {have} ({source.positions} in run {source.run!r}); they must be as many"
-                )
-        return vectors[order.to(vectors.device)]
+        elif before is not None and not len(chosen) and not node.follows:
+            return
+        self.results[node.label] = self.supplies[node.label] = supply
+        if node.place.stream != "calls" or not self._awaits_more(node, frame):
+            self._missing.discard(node.label)
 
-    def _keep(self, node: BoundRead, vectors: Tensor, chosen: Selection, frame: _Frame) -> None:
-        if node.index is not None:
-            vectors = vectors[:, node.index.to(vectors.device)]
-        self.results[node.label] = (vectors, chosen)
-        self.vectors[node.label] = (vectors, chosen.counts(frame.rows))
-        self._missing.discard(node.label)
-
-    def _in_window(self, node: BoundEdit | BoundRead, frame: _Frame) -> tuple[Selection, Tensor]:
-        """A node's tokens in this pass, and their places in its selection over the whole layout."""
-        chosen = self._selection(node, frame.layout)
-        inside = (chosen.columns >= frame.start) & (chosen.columns < frame.stop)
-        order = inside.nonzero()[:, 0]
-        if len(order) < len(chosen):
-            chosen = chosen.where(inside)
-        if frame.group > 1:
-            chosen, order = chosen.repeated(frame.group), order.repeat_interleave(frame.group)
-        phase = node.edit.phase if isinstance(node, BoundEdit) else "prompt"
-        if phase != "prompt" and frame.layout.open and frame.stop > frame.layout.width:
-            assert isinstance(node, BoundEdit)
-            grown = frame.layout.select_grown(node.edit.positions, frame.rows, frame.start, frame.stop)
-            chosen = Selection.joined([chosen, grown])
-        return chosen, order
-
-    def _selection(self, node: BoundEdit | BoundRead, layout: Layout) -> Selection:
-        """All the tokens of the layout that a node chooses."""
-        positions = node.edit.positions if isinstance(node, BoundEdit) else node.positions
-        phase = node.edit.phase if isinstance(node, BoundEdit) else "prompt"
-        # Shared by all nodes of the same positions: thirty edits of the last token look it up once.
-        key = (positions, phase, id(layout))
-        if key not in self._selections:
-            try:
-                self._selections[key] = layout.select(positions, phase, self.tokenizer)
-            except PositionError as error:
-                who = f"edit {node.key!r}" if isinstance(node, BoundEdit) else f"read {node.label!r}"
-                raise PositionError(f"{who}: {error}") from error
-        return self._selections[key]
-
-    def _frame_for(self, node: BoundEdit | BoundRead, tensor: Tensor) -> _Frame:
-        """The pass as this site sees it; a site without a token axis has one token a row."""
-        rows, tokens = tensor.shape[0], tensor.shape[1] if tensor.dim() == 3 else 1
-        if self.frame is None or (tensor.dim() == 2 and rows == self.frame.rows):
-            if (rows, tokens) not in self._frames:
-                self._frames[rows, tokens] = _Frame(Layout.everything(rows, tokens), rows, 0, tokens)
-            return self._frames[rows, tokens]
-        covered = self.frame.stop - self.frame.start
-        if tensor.dim() == 3 and tokens < covered and node.site.module == head_name(self.model):
-            # Logits are often computed for the last tokens alone.
-            return replace(self.frame, start=self.frame.stop - tokens)
-        if tensor.dim() != 3 or tokens != covered or rows != self.frame.rows:
-            raise RunError(
-                f"{node.site} has shape {tuple(tensor.shape)}, and this call covers {covered} tokens of "
-                f"{self.frame.rows} rows; reftlab acts where the first axes are (row, token)"
-            )
-        return self.frame
+    def _awaits_more(self, node: BoundRead, frame: Frame) -> bool:
+        """Whether later calls of a recurrent cell may still bring tokens that a read chooses."""
+        position = self.chooser.position(node)
+        return len(position.select_generated(frame.stop + 4096)) > len(position.select_generated(frame.stop))
 
 
-def _row_means(vectors: Tensor, counts: list[int]) -> Tensor:
-    """The mean vector of each row, `(row, width)`, of vectors that stand row after row."""
-    number = torch.tensor(counts, device=vectors.device)
-    rows = torch.arange(len(counts), device=vectors.device).repeat_interleave(number)
-    sums = vectors.float().new_zeros(len(counts), vectors.shape[1]).index_add(0, rows, vectors.float())
-    return sums / number[:, None]
+def _where(tokens: Selection, frame: Frame, tensor: Tensor) -> tuple[Tensor, ...]:
+    rows = tokens.rows.to(tensor.device)
+    if tensor.dim() == 2:
+        return (rows,)
+    return rows, (tokens.columns - frame.start).to(tensor.device)
+
+
+def _gathered(tensor: Tensor, chosen: Chosen, frame: Frame, index: Tensor | None) -> Tensor:
+    """The chosen vectors `(n, width)`, those that are joined one after the other in one."""
+    whole = tensor[_where(chosen.tokens, frame, tensor)]
+    part = whole if index is None else whole[:, index.to(whole.device)]
+    return part if chosen.joins == 1 else part.reshape(len(part) // chosen.joins, -1)
+
+
+def _check_new(new: Any, base: Tensor, node: BoundEdit) -> None:
+    if not isinstance(new, Tensor) or new.shape != base.shape:
+        shape = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+        raise InterventionError(
+            f"edit {node.key!r}: the intervention returned {shape} for vectors of shape {tuple(base.shape)}"
+        )
+    if not new.is_floating_point() or new.device != base.device:
+        raise InterventionError(
+            f"edit {node.key!r}: the intervention returned {new.dtype} on {new.device} for vectors of "
+            f"{base.dtype} on {base.device}"
+        )
 
 
 def _warn(message: str) -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reftlab.address import Site
+from reftlab.address import ATTENTION_SIDES, Site
 from reftlab.errors import BindError, ReftlabError
+from reftlab.runtime.attention import SoftmaxWatch, eager_attention
+from reftlab.runtime.axes import ATTENTION, Axes, Stream, axes_of
 from reftlab.runtime.leaf import get_input, get_output
 
 __all__ = ["SiteFacts", "example_inputs", "moved", "scan", "skeleton"]
 
-_ROWS, _TOKENS = 2, 5
+_ROWS, _TOKENS, _DECODER_TOKENS = 2, 11, 7
 
 
 @dataclass(frozen=True)
@@ -28,16 +31,21 @@ class SiteFacts:
         shape: shape of the site's tensor for the example inputs.
         dtype: its dtype.
         calls: how often the module ran in one forward pass.
+        axes: what its axes are, or None where they make no sense as tokens of features.
+        stream: whose tokens its token axis holds.
     """
 
     order: int
     shape: tuple[int, ...]
     dtype: torch.dtype
     calls: int
+    axes: Axes | None = None
+    stream: Stream = "row"
 
     @property
     def width(self) -> int:
-        return self.shape[-1]
+        """Number of features of each token."""
+        return self.shape[-1] if self.axes is None else self.axes.width(self.shape)
 
 
 def scan(model: nn.Module, sites: Iterable[Site], example: Any = None) -> dict[Site, SiteFacts]:
@@ -67,6 +75,15 @@ def scan(model: nn.Module, sites: Iterable[Site], example: Any = None) -> dict[S
         raise
     except Exception as no_shapes:  # any failure here means that this model needs values to run
         facts = _watch_for_real(model, wanted, args, kwargs, no_shapes)
+    rows, tokens = _sizes(args, kwargs)
+    for site, fact in facts.items():
+        module = model.get_submodule(site.module)
+        found = axes_of(fact.shape, module, rows, tokens, fact.calls)
+        if site.side in ATTENTION_SIDES and len(fact.shape) == 4:
+            count = (name for name, size in tokens.items() if size == fact.shape[2])
+            found = ATTENTION, next(count, "own")
+        if found is not None:
+            facts[site] = replace(fact, axes=found[0], stream=found[1])
     for site in wanted:
         if site not in facts:
             raise BindError(
@@ -86,15 +103,51 @@ def example_inputs(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dic
         return (), dict(example)
     if example is not None:
         return (example if isinstance(example, tuple) else (example,)), {}
-    config = getattr(model, "config", None)
-    if config is not None and getattr(model, "main_input_name", None) == "input_ids":
-        ids = torch.zeros(_ROWS, _TOKENS, dtype=torch.long)
-        extra = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
-        return (), {"input_ids": ids, **extra}
+    made_up = _made_up(model)
+    if made_up:
+        return (), made_up
     raise BindError(
         f"{type(model).__name__}: reftlab cannot make up inputs for it; give some, as in "
         "graph.bind(model, example={'pixel_values': torch.zeros(1, 3, 224, 224)})"
     )
+
+
+def _made_up(model: nn.Module) -> dict[str, Tensor]:
+    """Inputs for a Hugging Face model, with different numbers of rows, tokens and decoder tokens."""
+    config: Any = getattr(model, "config", None)
+    main = getattr(model, "main_input_name", None) if config is not None else None
+    text = getattr(config, "text_config", config)
+    longest = getattr(text, "max_position_embeddings", None) or _TOKENS
+    inputs: dict[str, Tensor] = {}
+    if main == "input_ids":
+        inputs["input_ids"] = torch.zeros(_ROWS, min(_TOKENS, longest), dtype=torch.long)
+    images = getattr(config, "vision_config", config)
+    if main == "pixel_values" or (main == "input_ids" and hasattr(model, "vision_model")):
+        size, channels = getattr(images, "image_size", 64), getattr(images, "num_channels", 3)
+        height, width = size if isinstance(size, tuple | list) else (size, size)
+        inputs["pixel_values"] = torch.zeros(_ROWS, channels, height, width)
+    if main == "input_features":
+        frames = 2 * config.max_source_positions
+        inputs["input_features"] = torch.zeros(_ROWS, config.num_mel_bins, frames)
+    if inputs and getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = torch.zeros(_ROWS, _DECODER_TOKENS, dtype=torch.long)
+    return inputs
+
+
+def _sizes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int | None, dict[Stream, int]]:
+    """The example's number of rows, and of tokens by stream."""
+    streams = {
+        "tokens": ("input_ids", "inputs_embeds"),
+        "decoder": ("decoder_input_ids", "decoder_inputs_embeds"),
+    }
+    tokens: dict[Stream, int] = {}
+    for stream, names in streams.items():
+        found = [kwargs[n] for n in names if isinstance(kwargs.get(n), Tensor) and kwargs[n].dim() > 1]
+        if found:
+            tokens[stream] = found[0].shape[1]
+    values = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim())
+    first = next(values, None)
+    return (None if first is None else first.shape[0]), tokens
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -157,19 +210,42 @@ def _watch(
         events += 1
 
     handles = []
+    watch = SoftmaxWatch()
+    attended: dict[str, dict[str, Site]] = {}
+    for site in sites:
+        if site.side in ATTENTION_SIDES:
+            attended.setdefault(site.module, {})[site.side] = site
     try:
+        for name, sides in attended.items():
+            handles += _watched(model.get_submodule(name), sides, watch, note)
         for site in sites:
             module = model.get_submodule(site.module)
             if site.side == "output":
                 handles.append(module.register_forward_hook(_output_noter(site, note)))
-            else:
+            elif site.side == "input":
                 handles.append(module.register_forward_pre_hook(_input_noter(site, note), with_kwargs=True))
-        with torch.no_grad():
+        with torch.no_grad(), eager_attention(model, bool(attended)), watch if attended else nullcontext():
             model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
     return facts
+
+
+def _watched(module: nn.Module, sides: Mapping[str, Site], watch: SoftmaxWatch, note: Any) -> list[Any]:
+    """Hooks that note the shapes on both sides of an attention module's softmax."""
+
+    def noter(side: str) -> Any:
+        def act(tensor: Tensor) -> Tensor:
+            if side in sides:
+                note(sides[side], tensor)
+            return tensor
+
+        return act
+
+    site = str(next(iter(sides.values())))
+    begin = module.register_forward_pre_hook(lambda *_: watch.begin(noter("scores"), noter("pattern")))
+    return [begin, module.register_forward_hook(lambda *_: watch.end(site))]
 
 
 def _output_noter(site: Site, note: Any) -> Any:

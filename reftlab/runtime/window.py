@@ -50,8 +50,14 @@ class Selection:
         """How many tokens were chosen in each of `rows` rows."""
         return torch.bincount(self.rows, minlength=rows).tolist()
 
-    def where(self, mask: Tensor) -> Selection:
+    def where(self, mask: Tensor | slice) -> Selection:
         return Selection(self.rows[mask], self.columns[mask], self.numbers[mask])
+
+    def ascending(self) -> tuple[Selection, Tensor]:
+        """The same tokens row after row and ascending in each, and the order that makes them so."""
+        span = int(self.columns.max()) + 1 if len(self) else 1
+        order = (self.rows * span + self.columns).argsort(stable=True)
+        return self.where(order), order
 
     def repeated(self, group: int) -> Selection:
         """The same tokens for `group` rows in place of each row."""
@@ -131,6 +137,33 @@ class Layout:
             open,
         )
 
+    @classmethod
+    def of_decoder(cls, inputs: Mapping[str, Any], *, open: bool = False) -> Layout | None:
+        """The layout of an encoder-decoder's decoder; None where the call gives it no tokens.
+
+        Labels are the decoder's tokens one place later, so that the token before the first label is
+        the last one of the prompt; without labels everything given is the prompt.
+        """
+        ids, labels = inputs.get("decoder_input_ids"), inputs.get("labels")
+        tokens = ids if ids is not None else inputs.get("decoder_inputs_embeds")
+        tokens = labels if tokens is None else tokens
+        if not isinstance(tokens, Tensor) or tokens.dim() < 2:
+            return None
+        rows, width = tokens.shape[:2]
+        real = _mask(inputs.get("decoder_attention_mask"), rows, width)
+        answered = torch.zeros(rows, width, dtype=torch.bool)
+        if isinstance(labels, Tensor) and labels.shape == (rows, width):
+            labelled = labels.detach().cpu() != IGNORED_LABEL
+            answered[:, 1:] = labelled.long().cummax(dim=1).values.bool()[:, :-1]
+            real[:, 1:] &= labelled[:, :-1] | ~answered[:, 1:]
+        return cls(
+            width,
+            tuple((row & ~answer).nonzero()[:, 0] for row, answer in zip(real, answered, strict=True)),
+            tuple((row & answer).nonzero()[:, 0] for row, answer in zip(real, answered, strict=True)),
+            None if ids is None else ids.detach().cpu(),
+            open,
+        )
+
     def select(
         self, position: Position, phase: Phase, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> Selection:
@@ -139,6 +172,7 @@ class Layout:
         Raises:
             PositionError: a row does not have the position; the message names the row.
         """
+        position.check_rows(self.rows)
         parts = []
         for row in range(self.rows):
             places: list[Tensor] = []

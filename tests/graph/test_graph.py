@@ -30,7 +30,7 @@ def test_a_name_used_twice_names_both_nodes() -> None:
         GraphError, match=r"'a' is used twice, by Edit\('a'.*h\[0\].* and by Edit\('a'.*h\[1\]"
     ):
         InterventionGraph(scale("a"), scale("a", at="h[1].output"))
-    with pytest.raises(GraphError, match=r"by Edit\('a'.* and by Source\(name='a'\)"):
+    with pytest.raises(GraphError, match=r"by Edit\('a'.* and by Source\('a'\)"):
         InterventionGraph(scale("a"), Source("a"))
     with pytest.raises(GraphError, match="used twice"):
         InterventionGraph(Read("h[0].output @ last"), Read("h[0].output", "last"))

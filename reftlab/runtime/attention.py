@@ -1,0 +1,82 @@
+"""Attention scores and patterns: what goes into an attention module's softmax and what comes out.
+
+Fused kernels never hold the pattern, so a call that reads or edits one runs attention in
+transformers' own eager form, whatever backend the model was loaded with, and goes back to that
+backend afterwards. The softmax is then seen by a torch function mode, in any family, with the
+family's own scaling, soft caps, sinks and masks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from reftlab.errors import RunError
+
+__all__ = ["SoftmaxWatch", "eager_attention"]
+
+Change = Callable[[Tensor], Tensor]
+
+_BACKEND = "_attn_implementation_internal"
+_SOFTMAX = frozenset((torch.softmax, functional.softmax, Tensor.softmax, torch.special.softmax))
+
+
+class SoftmaxWatch(TorchFunctionMode):
+    """Shows the softmax of the attention module that is running to whoever asked for it.
+
+    Enter it around the model's call, and tell it with `begin` and `end` which module is running.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._now: tuple[Change, Change] | None = None
+
+    def begin(self, on_scores: Change, on_pattern: Change) -> None:
+        """An attention module begins; its next softmax is the one that is meant."""
+        self._now = (on_scores, on_pattern)
+
+    def end(self, site: str) -> None:
+        """The module has ended.
+
+        Raises:
+            RunError: it ran no softmax that torch could see.
+        """
+        unseen, self._now = self._now is not None, None
+        if unseen:
+            raise RunError(
+                f"{site}: this module ran no softmax that can be watched, so it has no attention scores or "
+                "pattern to read or edit; its attention kernel may have no eager form"
+            )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._now is None or func not in _SOFTMAX:
+            return func(*args, **kwargs)
+        (on_scores, on_pattern), self._now = self._now, None
+        scores, rest = (args[0], args[1:]) if args else (kwargs.pop("input"), ())
+        return on_pattern(func(on_scores(scores), *rest, **kwargs))
+
+
+@contextlib.contextmanager
+def eager_attention(model: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Run a Hugging Face model's attention in its eager form inside a `with` block."""
+    configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if _chooses(c)}
+    # The public attribute would also set the configurations inside, each of which is its own here.
+    before = {key: getattr(config, _BACKEND) for key, config in configs.items()} if wanted else {}
+    try:
+        for key in before:
+            setattr(configs[key], _BACKEND, "eager")
+        yield
+    finally:
+        for key, backend in before.items():
+            setattr(configs[key], _BACKEND, backend)
+
+
+def _chooses(config: Any) -> bool:
+    return isinstance(getattr(config, _BACKEND, None), str)

@@ -1,0 +1,89 @@
+"""The built interventions of a bound model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reftlab.errors import BindError
+from reftlab.graph import Gate
+from reftlab.interventions.gate import SoftGate
+from reftlab.runtime.places import BoundEdit
+
+__all__ = ["Interventions", "built_for", "device_of", "gate_keys"]
+
+
+class Interventions(nn.ModuleDict):
+    """Built interventions by name.
+
+    Unlike its base it takes names of its own methods, `values` or `train`; and its numbers stay
+    float32 where the model is cast to another type, as training needs them.
+    """
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        def kept(tensor: Tensor) -> Tensor:
+            changed: Tensor = fn(tensor)
+            return changed.float() if changed.is_floating_point() else changed
+
+        return super()._apply(kept, recurse)
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        self._modules[key] = module
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "training":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+def built_for(
+    edits: Iterable[BoundEdit], model: nn.Module, given: Mapping[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """The interventions and soft gates of bound edits, new where `given` has none of the name."""
+    built: dict[str, nn.Module] = {}
+    for bound in edits:
+        device = device_of(model.get_submodule(bound.site.module), model)
+        if bound.module not in built:
+            built[bound.module] = given.get(bound.module) or _built(bound, model).to(device)
+        for key, gate in zip(gate_keys(bound), _gates(bound), strict=True):
+            width = bound.when[gate.of].width
+            if width == 0:
+                raise BindError(f"edit {bound.key!r}: a gate cannot look at attention, whose width varies")
+            if key not in built:
+                built[key] = given.get(key) or SoftGate(width, gate.sparsity).to(device).train(model.training)
+    return built
+
+
+def gate_keys(bound: BoundEdit) -> list[str]:
+    """Names of an edit's soft gates among the interventions."""
+    return [f"{bound.module}.gate{number or ''}" for number in range(len(_gates(bound)))]
+
+
+def _gates(bound: BoundEdit) -> tuple[Gate, ...]:
+    return () if bound.edit.when is None else bound.edit.when.gates
+
+
+def device_of(*modules: nn.Module) -> torch.device:
+    """The device of the first tensor in any of the modules."""
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            return tensor.device
+    return torch.device("cpu")
+
+
+def _built(bound: BoundEdit, model: nn.Module) -> nn.Module:
+    try:
+        built = bound.edit.intervention.build(bound.width or 1)
+    except ValueError as error:
+        raise type(error)(f"edit {bound.key!r} at {bound.site}: {error}") from error
+    if not bound.width and any(tensor.dim() for tensor in (*built.parameters(), *built.buffers())):
+        raise BindError(
+            f"edit {bound.key!r} at {bound.site}: attention scores and patterns are as wide as each call's "
+            f"sequence is long, and {bound.edit.intervention.describe()} has numbers of a fixed width; use one "
+            "without, such as Zero, Scale or Swap"
+        )
+    return built.train(model.training)

@@ -1,0 +1,202 @@
+"""Which tokens a node chooses in the pass that is running."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from reftlab.address import Position, head_name
+from reftlab.errors import PositionError, RunError
+from reftlab.graph import Phase
+from reftlab.runtime.axes import Stream
+from reftlab.runtime.options import Options
+from reftlab.runtime.places import BoundEdit, BoundRead, Place
+from reftlab.runtime.window import Layout, Selection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Chooser", "Chosen", "Frame"]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What one pass covers: columns `[start, stop)` of `rows` rows, under a layout."""
+
+    layout: Layout
+    rows: int
+    start: int
+    stop: int
+
+    @property
+    def group(self) -> int:
+        """How many rows of the batch stand for one row of the layout: its beams or sequences."""
+        return max(1, self.rows // max(1, self.layout.rows))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A node's tokens in this pass.
+
+    Attributes:
+        tokens: the tokens, row after row, ascending in each row.
+        order: each token's place in the node's selection over the whole layout, `(n,)` int64.
+        joins: how many tokens' vectors make one vector together.
+    """
+
+    tokens: Selection
+    order: Tensor
+    joins: int = 1
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def vectors(self) -> Selection:
+        """One token for each vector: the first of those that are joined."""
+        return self.tokens if self.joins == 1 else self.tokens.where(slice(None, None, self.joins))
+
+    @property
+    def vector_order(self) -> Tensor:
+        return self.order[:: self.joins] // self.joins
+
+    def where(self, mask: Tensor) -> Chosen:
+        """Only the vectors in `mask`, `(n / joins,)`."""
+        tokens = mask.repeat_interleave(self.joins)
+        return Chosen(self.tokens.where(tokens), self.order[tokens], self.joins)
+
+
+class Chooser:
+    """Keeps what the passes of one run cover, and finds each node's tokens there.
+
+    Args:
+        model: the bare model.
+        layouts: where prompts stand, by stream; without one, sites' own tensors tell.
+        tokenizer: for positions that look at text.
+        options: positions that this call gives in place of the edits' own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layouts: Mapping[Stream, Layout],
+        tokenizer: PreTrainedTokenizerBase | None,
+        options: Options,
+    ) -> None:
+        self._head = head_name(model)
+        self._tokenizer, self._options = tokenizer, options
+        self.frames = {name: Frame(layout, layout.rows, 0, layout.width) for name, layout in layouts.items()}
+        self._selections: dict[tuple[Position, Phase, int], tuple[Selection, Layout]] = {}
+        self._everything: dict[tuple[int, int], Frame] = {}
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the prompts, or None where the call's inputs do not tell."""
+        return next((frame.layout.rows for frame in self.frames.values()), None)
+
+    def move(self, windows: Mapping[Stream, tuple[int, int, int]], decoder: Layout | None = None) -> None:
+        """Say which columns the next pass covers, and how many rows its batch has."""
+        if decoder is not None and "decoder" not in self.frames and "decoder" in windows:
+            group = max(1, decoder.rows // (self.rows or decoder.rows))
+            rows = range(0, decoder.rows, group)
+            decoder = replace(
+                decoder,
+                prompts=tuple(decoder.prompts[row] for row in rows),
+                answers=tuple(decoder.answers[row] for row in rows),
+                ids=None if decoder.ids is None else decoder.ids[::group],
+            )
+            self.frames["decoder"] = Frame(decoder, decoder.rows, 0, decoder.width)
+        for stream, (rows, start, stop) in windows.items():
+            if stream in self.frames:
+                self.frames[stream] = Frame(self.frames[stream].layout, rows, start, stop)
+
+    def frame_for(self, place: Place, tensor: Tensor, visits: int) -> Frame:
+        """The pass as a site sees it, whose tensor is (row, token, feature) or (row, feature).
+
+        Args:
+            place: the site.
+            tensor: its tensor in standard form.
+            visits: how often the site was reached before in this pass.
+        """
+        rows, tokens = tensor.shape[0], tensor.shape[1] if tensor.dim() == 3 else 1
+        if place.stream == "calls":
+            nothing = (torch.empty(0, dtype=torch.long),) * rows
+            return Frame(Layout(0, nothing, nothing, None, True), rows, visits, visits + 1)
+        frame = self.frames.get(place.stream)
+        if frame is None:
+            if (rows, tokens) not in self._everything:
+                layout = Layout.everything(rows, tokens)
+                self._everything[rows, tokens] = Frame(layout, rows, 0, tokens)
+            return self._everything[rows, tokens]
+        covered = frame.stop - frame.start
+        if tokens < covered and place.site.module == self._head:
+            # Logits are often computed for the last tokens alone.
+            return replace(frame, start=frame.stop - tokens)
+        if tokens != covered or rows != frame.rows:
+            raise RunError(
+                f"{place.site} has shape {tuple(tensor.shape)}, and this call covers {covered} tokens of "
+                f"{frame.rows} rows; reftlab acts where the first axes are (row, token)"
+            )
+        return frame
+
+    def in_window(self, node: BoundEdit | BoundRead, frame: Frame) -> Chosen:
+        """A node's tokens in this pass."""
+        position, phase = self.position(node), node.phase
+        if node.place.stream == "calls":
+            # The calls of a recurrent cell come one by one, as generated tokens do.
+            grown = frame.layout.select_grown(position, frame.rows, frame.start, frame.stop)
+            return self._joined(node, position, Chosen(grown, grown.columns.clone(), position.joins))
+        tokens = self.selection(node, frame.layout)
+        inside = (tokens.columns >= frame.start) & (tokens.columns < frame.stop)
+        order = inside.nonzero()[:, 0]
+        if len(order) < len(tokens):
+            tokens = tokens.where(inside)
+        grows = phase != "prompt" and frame.layout.open and frame.stop > frame.layout.width
+        if frame.group > 1:
+            tokens, order = tokens.repeated(frame.group), order.repeat_interleave(frame.group)
+        if grows:
+            grown = frame.layout.select_grown(position, frame.rows, frame.start, frame.stop)
+            tokens, order = Selection.joined([tokens, grown]), torch.cat([order, grown.columns])
+        if frame.group > 1 or grows:
+            tokens, ascending = tokens.ascending()
+            order = order[ascending]
+        return self._joined(node, position, Chosen(tokens, order, position.joins))
+
+    def selection(self, node: BoundEdit | BoundRead, layout: Layout) -> Selection:
+        """All the tokens of the layout that a node chooses."""
+        position, phase = self.position(node), node.phase
+        # Shared by all nodes of the same positions: thirty edits of the last token look it up once.
+        key = (position, phase, id(layout))
+        if key not in self._selections:
+            try:
+                self._selections[key] = (layout.select(position, phase, self._tokenizer), layout)
+            except PositionError as error:
+                raise PositionError(f"{_named(node)}: {error}") from error
+        return self._selections[key][0]
+
+    def position(self, node: BoundEdit | BoundRead) -> Position:
+        """A node's positions in this call."""
+        given = self._options.positions
+        if node.owner in given:
+            return given[node.owner]
+        edit = node.owner.removesuffix(".source")
+        # A source without positions of its own goes where its edit goes.
+        return given[edit] if edit in given and node.follows else node.positions
+
+    def _joined(self, node: BoundEdit | BoundRead, position: Position, chosen: Chosen) -> Chosen:
+        if position.joins > 1:
+            counts = torch.bincount(chosen.tokens.rows)
+            if bool((counts % position.joins).any()):
+                raise RunError(
+                    f"{_named(node)}: {str(position)!r} joins {position.joins} tokens, and this call covers only "
+                    "some of them; run the prompt in one piece"
+                )
+        return chosen
+
+
+def _named(node: BoundEdit | BoundRead) -> str:
+    return f"edit {node.key!r}" if isinstance(node, BoundEdit) else f"read {node.label!r}"

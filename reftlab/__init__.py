@@ -34,7 +34,10 @@ _HOMES = {
         "Add", "Clamp", "ConsReFT", "DiReFT", "Function", "Intervention", "LoReFT", "LobiReFT", "Mean",
         "NoReFT", "NodiReFT", "Noise", "OrthonormalBasis", "Scale", "Subtract", "Swap", "Zero",
     ),
-    "reftlab.graph": ("Edit", "InterventionGraph", "Read", "Source"),
+    "reftlab.graph": (
+        "Condition", "Edit", "InterventionGraph", "Measure", "Read", "Source", "cosine", "gate", "norm",
+        "probability", "projection",
+    ),
     "reftlab.runtime": ("BoundModel", "Inspection", "Reading", "inspect", "load"),
     "reftlab.training": (
         "Evaluation", "Example", "TrainResult", "answer_loss", "evaluate", "read_examples", "reply", "train",

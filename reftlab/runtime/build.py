@@ -60,7 +60,7 @@ def built_for(
 
 def gate_keys(bound: BoundEdit) -> list[str]:
     """Names of an edit's soft gates among the interventions."""
-    return [f"{bound.module}.gate{number or ''}" for number in range(len(_gates(bound)))]
+    return [f"{bound.module}(gate{number or ''})" for number in range(len(_gates(bound)))]
 
 
 def _gates(bound: BoundEdit) -> tuple[Gate, ...]:

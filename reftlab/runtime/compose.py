@@ -50,7 +50,7 @@ def derived(
         new = (names or {}).get(old.edit.name)
         if new is None or old.edit.share is not None:
             continue
-        for name in [n for n in kept if n == old.module or n.startswith(f"{old.module}.gate")]:
+        for name in [n for n in kept if n == old.module or n.startswith(f"{old.module}(gate")]:
             kept[new + name.removeprefix(old.edit.name)] = bound.interventions[name]
     return _bound(bound, graph, kept)
 

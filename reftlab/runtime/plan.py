@@ -102,8 +102,9 @@ class Plan:
 def plan_of(bound: BoundModel) -> Plan:
     """Work out the plan of a bound model."""
     steps = [(edit.edit.run, edit.order, 1, _edit_step(bound, edit)) for edit in bound.edits]
-    reads = [*bound._bound_reads, *(edit.source for edit in bound.edits if edit.source is not None)]
-    steps += [(read.run, read.order, 0 if ".source" in read.label else 2, _read_step(read)) for read in reads]
+    fed = [read for edit in bound.edits for read in edit.reads]
+    steps += [(read.run, read.order, 0, _read_step(read)) for read in fed]
+    steps += [(read.run, read.order, 2, _read_step(read)) for read in bound._bound_reads]
     runs = bound.graph.run_order
     steps.sort(key=lambda step: (runs.index(step[0]), step[1], step[2]))
     return Plan(
@@ -121,6 +122,14 @@ def _edit_step(bound: BoundModel, place: BoundEdit) -> PlanStep:
         does += f" at strength {edit.strength:g}"
     if place.source is not None:
         does += f", source {place.source.site} @ {place.source.positions} of run {place.source.run}"
+    if edit.subspace is not None:
+        does += f" in directions {', '.join(map(str, edit.subspace))}"
+    if edit.share is not None:
+        does += f", shared as {edit.share}"
+    if edit.tasks:
+        does += f", tasks {', '.join(edit.task_names)}"
+    if edit.when is not None:
+        does += f", when {edit.when!r}"
     if edit.name in bound._disabled:
         does += " (disabled)"
     return PlanStep(

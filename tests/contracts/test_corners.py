@@ -164,7 +164,7 @@ def test_heads_are_refused_where_the_features_are_not_one_head_after_the_other(s
 
 
 @torch.no_grad()
-def test_an_encoder_decoders_encoder_can_be_edited_and_its_decoder_says_why_not() -> None:
+def test_an_encoder_decoders_two_stacks_are_edited_each_at_its_own_tokens() -> None:
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=60, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0
@@ -182,8 +182,21 @@ def test_an_encoder_decoders_encoder_can_be_edited_and_its_decoder_says_why_not(
     with plain_edit(model.encoder.block[1], batch["attention_mask"], columns, lambda h, s, n: h + VECTOR):
         wanted = model.generate(**batch, max_new_tokens=4, do_sample=False)
     assert torch.equal(reft.generate(**batch, max_new_tokens=4, do_sample=False), wanted)
-    with pytest.raises(rl.BindError, match="not in the encoder"):
-        bound(model, at="decoder.block[1].output")
+    decoder, start = model.decoder.block[1], torch.ones(2, 1, dtype=torch.long)
+    for phase, decode in (("prompt", False), ("both", True)):
+        reft = bound(model, at="decoder.block[1].output", phase=phase)
+        for beams in (1, 2):
+            options = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams}
+            with plain_edit(decoder, start, [[0], [0]], lambda h, s, n: h + VECTOR, decode=decode):
+                wanted = model.generate(**batch, **options)
+            assert torch.equal(reft.generate(**batch, **options), wanted)
+        labels = torch.tensor([[5, 6, 7, 8], [9, 10, -100, -100]])
+        chosen = [[0, 1, 2, 3], [0, 1, 2]] if decode else [[0], [0]]
+        with plain_edit(decoder, torch.ones(2, 4, dtype=torch.long), chosen, lambda h, s, n: h + VECTOR):
+            expected = model(**batch, labels=labels).logits
+        got = reft(**batch, labels=labels).logits
+        assert_close(got[0], expected[0])
+        assert_close(got[1, :3], expected[1, :3])
 
 
 @pytest.mark.filterwarnings("ignore::reftlab.errors.UntouchedEditWarning")

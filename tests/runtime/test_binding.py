@@ -116,7 +116,7 @@ def test_what_cannot_be_bound_says_why(llama: Any) -> None:
         rl.BindError, match=r"could not run on the example inputs: .*Give inputs that it takes"
     ):
         bind(Twice(), edit(at="head.output"), example=torch.zeros(2, 5))
-    with pytest.raises(rl.BindError, match="bound already; add the graphs"):
+    with pytest.raises(rl.BindError, match="bound already; bind to its model and add"):
         graph.bind(graph.bind(llama))
     with pytest.raises(rl.BindError, match="bound to a torch module, not to 'llama'"):
         graph.bind("llama")

@@ -133,7 +133,7 @@ def test_a_token_keeps_its_number_from_prompt_to_answer(llama: Any, use_cache: b
     ).bind(llama)
     reft.generate(**batch_of((4, 2), "left"), max_new_tokens=3, do_sample=False, use_cache=use_cache)
     cached = [[3, 1], [4, 2], [5, 3]]
-    whole = [[3, 1], [3, 1, 4, 2], [3, 1, 4, 5, 2, 3]]
+    whole = [[3, 1], [3, 4, 1, 2], [3, 4, 5, 1, 2, 3]]
     assert reft.interventions["watch"].seen == (cached if use_cache else whole)
 
 

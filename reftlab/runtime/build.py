@@ -76,14 +76,17 @@ def device_of(*modules: nn.Module) -> torch.device:
 
 
 def _built(bound: BoundEdit, model: nn.Module) -> nn.Module:
+    varies, built = not bound.width, None
     try:
         built = bound.edit.intervention.build(bound.width or 1)
     except ValueError as error:
-        raise type(error)(f"edit {bound.key!r} at {bound.site}: {error}") from error
-    if not bound.width and any(tensor.dim() for tensor in (*built.parameters(), *built.buffers())):
+        if not varies:
+            raise type(error)(f"edit {bound.key!r} at {bound.site}: {error}") from error
+    if varies and (built is None or any(t.dim() for t in (*built.parameters(), *built.buffers()))):
         raise BindError(
             f"edit {bound.key!r} at {bound.site}: attention scores and patterns are as wide as each call's "
             f"sequence is long, and {bound.edit.intervention.describe()} has numbers of a fixed width; use one "
             "without, such as Zero, Scale or Swap"
         )
+    assert built is not None
     return built.train(model.training)

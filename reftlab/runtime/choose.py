@@ -44,12 +44,13 @@ class Chosen:
 
     Attributes:
         tokens: the tokens, row after row, ascending in each row.
-        order: each token's place in the node's selection over the whole layout, `(n,)` int64.
+        ranks: each token's place among those that the node chooses in its row, also those that
+            other passes cover, `(n,)` int64.
         joins: how many tokens' vectors make one vector together.
     """
 
     tokens: Selection
-    order: Tensor
+    ranks: Tensor
     joins: int = 1
 
     def __len__(self) -> int:
@@ -61,13 +62,13 @@ class Chosen:
         return self.tokens if self.joins == 1 else self.tokens.where(slice(None, None, self.joins))
 
     @property
-    def vector_order(self) -> Tensor:
-        return self.order[:: self.joins] // self.joins
+    def vector_ranks(self) -> Tensor:
+        return self.ranks[:: self.joins] // self.joins
 
     def where(self, mask: Tensor) -> Chosen:
         """Only the vectors in `mask`, `(n / joins,)`."""
         tokens = mask.repeat_interleave(self.joins)
-        return Chosen(self.tokens.where(tokens), self.order[tokens], self.joins)
+        return Chosen(self.tokens.where(tokens), self.ranks[tokens], self.joins)
 
 
 class Chooser:
@@ -149,22 +150,24 @@ class Chooser:
         if node.place.stream == "calls":
             # The calls of a recurrent cell come one by one, as generated tokens do.
             grown = frame.layout.select_grown(position, frame.rows, frame.start, frame.stop)
-            return self._joined(node, position, Chosen(grown, grown.columns.clone(), position.joins))
+            before = len(position.select_generated(frame.start))
+            return Chosen(grown, torch.full_like(grown.rows, before), position.joins)
         tokens = self.selection(node, frame.layout)
         inside = (tokens.columns >= frame.start) & (tokens.columns < frame.stop)
-        order = inside.nonzero()[:, 0]
-        if len(order) < len(tokens):
-            tokens = tokens.where(inside)
+        counts = torch.tensor([0, *tokens.counts(frame.layout.rows)])
+        ranks = torch.arange(len(tokens)) - counts.cumsum(0)[tokens.rows]
+        if not bool(inside.all()):
+            tokens, ranks = tokens.where(inside), ranks[inside]
         grows = phase != "prompt" and frame.layout.open and frame.stop > frame.layout.width
         if frame.group > 1:
-            tokens, order = tokens.repeated(frame.group), order.repeat_interleave(frame.group)
+            tokens, ranks = tokens.repeated(frame.group), ranks.repeat_interleave(frame.group)
         if grows:
             grown = frame.layout.select_grown(position, frame.rows, frame.start, frame.stop)
-            tokens, order = Selection.joined([tokens, grown]), torch.cat([order, grown.columns])
+            tokens, ranks = Selection.joined([tokens, grown]), torch.cat([ranks, grown.numbers])
         if frame.group > 1 or grows:
             tokens, ascending = tokens.ascending()
-            order = order[ascending]
-        return self._joined(node, position, Chosen(tokens, order, position.joins))
+            ranks = ranks[ascending]
+        return self._joined(node, position, Chosen(tokens, ranks, position.joins))
 
     def selection(self, node: BoundEdit | BoundRead, layout: Layout) -> Selection:
         """All the tokens of the layout that a node chooses."""

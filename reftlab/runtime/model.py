@@ -442,9 +442,12 @@ class BoundModel(nn.Module):
         return act
 
 
-def _heads(read: BoundRead) -> int:
-    """How many heads' keys stand in each vector of a read; 1 for all sites but attention's."""
-    return read.place.head_count if read.place.heads is None else len(read.place.heads)
+def _heads(read: BoundRead) -> int | None:
+    """How many heads' keys stand in each vector of a read of attention; None for all other sites."""
+    place = read.place
+    if place.site_width is not None:
+        return None
+    return place.head_count if place.heads is None else len(place.heads)
 
 
 def _placed(read: str | Read, positions: Any) -> Read:

@@ -30,16 +30,16 @@ class ReadValues:
         rows: `(n,)`, the row of the batch that each vector comes from.
         positions: `(n,)`, its token's number among the real tokens of the row; the first one's
             where several are joined.
-        heads: for attention scores and patterns, how many heads' keys a vector holds; else 1.
+        heads: for attention scores and patterns, how many heads' keys a vector holds; else None.
     """
 
     vectors: Float[Tensor, "n width"]
     rows: Int[Tensor, " n"]
     positions: Int[Tensor, " n"]
-    heads: int = 1
+    heads: int | None = None
 
     @classmethod
-    def of(cls, supply: Supply, heads: int = 1) -> ReadValues:
+    def of(cls, supply: Supply, heads: int | None = None) -> ReadValues:
         assert supply.tokens is not None
         return cls(supply.vectors, supply.tokens.rows, supply.tokens.numbers, heads)
 
@@ -64,7 +64,7 @@ class Reading(Mapping[str, Tensor]):
         else:
             padded = read.vectors.new_full((*mask.shape, read.vectors.shape[1]), float("nan"))
             found = padded.masked_scatter(mask[..., None].to(padded.device), read.vectors)
-        if read.heads == 1:
+        if read.heads is None:
             return found
         return rearrange(found, "row token (head key) -> row head token key", head=read.heads)
 

@@ -251,10 +251,12 @@ class Run:
 
     def _edit(self, node: BoundEdit, tensor: Tensor, chosen: Chosen, frame: Frame) -> Tensor | None:
         """The site's tensor with the chosen vectors edited, or None where the edit acts on none."""
-        own = self.chooser.selection(node, frame.layout) if frame.layout.width else chosen.tokens
-        own = own if chosen.joins == 1 else own.where(slice(None, None, chosen.joins))
-        source = self._source(node, chosen, own, frame)
-        acts, share = self._acting(node, chosen, own, frame)
+        counts = None
+        if node.place.stream != "calls":
+            whole = self.chooser.selection(node, frame.layout).counts(frame.layout.rows)
+            counts = [count // chosen.joins for count in whole]
+        source = self._source(node, chosen, counts, frame)
+        acts, share = self._acting(node, chosen, counts, frame)
         if acts is not None:
             if not bool(acts.any()):
                 return None
@@ -310,7 +312,7 @@ class Run:
         return new
 
     def _acting(
-        self, node: BoundEdit, chosen: Chosen, own: Selection, frame: Frame
+        self, node: BoundEdit, chosen: Chosen, counts: list[int] | None, frame: Frame
     ) -> tuple[Tensor | None, Tensor | None]:
         """Which vectors the edit acts on, `(n,)` bool on the CPU, and the share of a soft condition."""
         acts = self.options.rows_of(node.edit, chosen.vectors.rows // frame.group)
@@ -319,7 +321,7 @@ class Run:
         vectors = {}
         for read, bound in node.when.items():
             supply = self._supply(node, bound)
-            vectors[read] = aligned(supply, node, bound, chosen, own, frame, per_row=True)
+            vectors[read] = aligned(supply, node, bound, chosen, counts, frame, per_row=True)
         gates = dict(
             zip(node.edit.when.gates, map(self.interventions.__getitem__, gate_keys(node)), strict=True)
         )
@@ -329,7 +331,9 @@ class Run:
         mask = mask.cpu()
         return mask if acts is None else acts & mask, None
 
-    def _source(self, node: BoundEdit, chosen: Chosen, own: Selection, frame: Frame) -> Tensor | None:
+    def _source(
+        self, node: BoundEdit, chosen: Chosen, counts: list[int] | None, frame: Frame
+    ) -> Tensor | None:
         """The source's vectors that belong to the chosen tokens, `(n, width)`."""
         read = node.source
         if read is None:
@@ -338,7 +342,7 @@ class Run:
         if getattr(self.interventions[node.module], "averages_source", False):
             rows = chosen.vectors.rows
             return row_means(supply, rows if supply.here else rows // frame.group)
-        return aligned(supply, node, read, chosen, own, frame, per_row=False)
+        return aligned(supply, node, read, chosen, counts, frame, per_row=False)
 
     def _supply(self, node: BoundEdit, read: BoundRead) -> Supply:
         if read.label not in self.supplies:
@@ -347,16 +351,13 @@ class Run:
 
     def _keep(self, node: BoundRead, vectors: Tensor, chosen: Chosen, frame: Frame) -> None:
         """Note what a read has taken; one that this pass does not reach keeps what it had."""
-        before = self.results.get(node.label)
         supply = Supply(vectors, chosen.vectors, frame.rows, here=True)
-        if before is not None and node.place.stream == "calls":
-            tokens, order = Selection.joined([before.tokens, supply.tokens]).ascending()
-            supply = Supply(
-                torch.cat([before.vectors, vectors])[order.to(vectors.device)], tokens, frame.rows, True
-            )
-        elif before is not None and not len(chosen) and not node.follows:
+        before = self.results.get(node.label)
+        if before is not None and not len(chosen) and not node.follows:
             return
         self.results[node.label] = self.supplies[node.label] = supply
+        if before is not None and node.place.stream == "calls":
+            self.results[node.label] = _together(before, supply)
         if node.place.stream != "calls" or not self._awaits_more(node, frame):
             self._missing.discard(node.label)
 
@@ -364,6 +365,15 @@ class Run:
         """Whether later calls of a recurrent cell may still bring tokens that a read chooses."""
         position = self.chooser.position(node)
         return len(position.select_generated(frame.stop + 4096)) > len(position.select_generated(frame.stop))
+
+
+def _together(before: Supply, after: Supply) -> Supply:
+    """What was read in several calls of a recurrent cell."""
+    assert before.tokens is not None
+    assert after.tokens is not None
+    tokens, order = Selection.joined([before.tokens, after.tokens]).ascending()
+    vectors = torch.cat([before.vectors, after.vectors])[order.to(after.vectors.device)]
+    return Supply(vectors, tokens, after.rows, here=True)
 
 
 def _where(tokens: Selection, frame: Frame, tensor: Tensor) -> tuple[Tensor, ...]:

@@ -68,7 +68,7 @@ def aligned(
     node: BoundEdit,
     read: BoundRead,
     chosen: Chosen,
-    own: Selection,
+    counts: list[int] | None,
     frame: Frame,
     per_row: bool,
 ) -> Tensor:
@@ -79,32 +79,31 @@ def aligned(
         node: the edit.
         read: its read, for error messages.
         chosen: the edit's tokens in this pass.
-        own: the edit's vectors over the whole layout, one token for each.
+        counts: how many vectors the edit changes in each row of the layout, over all passes; None
+            where later passes will tell.
         frame: the pass.
         per_row: whether one vector of a row may stand for all of the row's.
 
     Raises:
         RunError: rows or tokens do not match; the message names the row.
     """
-    tokens = chosen.vectors
+    tokens, device = chosen.vectors, supply.vectors.device
     if supply.tokens is None:
-        return _unplaced(supply, node, chosen, own)
-    if supply.here:
-        rows, want = tokens.rows, tokens.counts(frame.rows)
-    else:
-        rows, want = tokens.rows // frame.group, own.counts(frame.layout.rows)
-    have, one = supply.counts, supply.rows == 1 < len(want)
-    if one:
-        have, rows = have * len(want), torch.zeros_like(rows)
-    if len(have) != len(want):
+        return _unplaced(supply, node, chosen, counts, frame)
+    rows = tokens.rows if supply.here else tokens.rows // frame.group
+    need = tokens.counts(frame.rows) if supply.here else counts
+    have = supply.counts
+    number = frame.rows if supply.here else frame.layout.rows
+    if supply.rows == 1:
+        rows, have = torch.zeros_like(rows), have * number
+    if len(have) != number:
         raise RunError(
-            f"edit {node.key!r}: its source run {read.run!r} has {len(have)} rows, this one {len(want)}; give as "
-            "many, or one for all"
+            f"edit {node.key!r}: its source run {read.run!r} has {len(have)} rows, this one {number}; give "
+            "as many, or one for all"
         )
-    device = supply.vectors.device
     if per_row and not read.follows and all(count == 1 for count in have):
         return supply.vectors[rows.to(device)]
-    for row, (offered, needed) in enumerate(zip(have, want, strict=True)):
+    for row, (offered, needed) in enumerate(zip(have, have if need is None else need, strict=True)):
         if offered != needed:
             kind = "condition" if per_row else "source"
             raise RunError(
@@ -113,11 +112,14 @@ def aligned(
             )
     if supply.here:
         return supply.vectors
-    order = chosen.vector_order
-    if one:
-        # The one row's vectors, in the place that each token has in its own row.
-        order = order - torch.tensor([0, *want]).cumsum(0)[tokens.rows // frame.group]
-    return supply.vectors[order.to(device)]
+    ranks, most = chosen.vector_ranks, supply.counts
+    if len(ranks) and bool((ranks >= torch.tensor(most)[rows]).any()):
+        raise RunError(
+            f"edit {node.key!r}: its source offers {max(most)} time steps in run {read.run!r}, and this run goes "
+            "on longer"
+        )
+    starts = torch.tensor([0, *most]).cumsum(0)
+    return supply.vectors[(starts[rows] + ranks).to(device)]
 
 
 def row_means(supply: Supply, rows: Tensor) -> Tensor:
@@ -133,12 +135,16 @@ def row_means(supply: Supply, rows: Tensor) -> Tensor:
     return (sums / number[:, None])[(rows if supply.rows > 1 else torch.zeros_like(rows)).to(device)]
 
 
-def _unplaced(supply: Supply, node: BoundEdit, chosen: Chosen, own: Selection) -> Tensor:
+def _unplaced(
+    supply: Supply, node: BoundEdit, chosen: Chosen, counts: list[int] | None, frame: Frame
+) -> Tensor:
     if len(supply.vectors) == 1:
         return supply.vectors.expand(len(chosen.vectors), -1)
-    if len(supply.vectors) != len(own):
+    if counts is None or len(supply.vectors) != sum(counts):
+        number = "an unknown number of" if counts is None else str(sum(counts))
         raise RunError(
-            f"edit {node.key!r} edits {len(own)} vectors ({node.edit.positions}) and reads= gives it "
+            f"edit {node.key!r} edits {number} vectors ({node.edit.positions}) and reads= gives it "
             f"{len(supply.vectors)}; give as many, row after row, or one for all"
         )
-    return supply.vectors[chosen.vector_order.to(supply.vectors.device)]
+    starts = torch.tensor([0, *counts]).cumsum(0)[chosen.vectors.rows // frame.group]
+    return supply.vectors[(starts + chosen.vector_ranks).to(supply.vectors.device)]

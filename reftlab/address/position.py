@@ -287,7 +287,8 @@ class PerRow(Position):
     def check_rows(self, rows: int) -> None:
         if rows != len(self.rows):
             raise PositionError(
-                f"positions are given for {len(self.rows)} rows, and the batch has {rows}; give one list a row"
+                f"positions are given for {len(self.rows)} rows, and the batch has {rows}; give one list a "
+                "row"
             )
 
     def select(self, prompt: Prompt) -> Tensor:

@@ -94,7 +94,12 @@ def _named(scanner: Scanner, start: int) -> Position:
     if word in ("all", "given"):
         return All() if word == "all" else Given()
     if word in ("first", "last", "every"):
-        kind = {"first": First, "last": Last, "every": Every}[word]
+        counted: dict[str, type[First] | type[Last] | type[Every]] = {
+            "first": First,
+            "last": Last,
+            "every": Every,
+        }
+        kind = counted[word]
         if not scanner.take("("):
             return kind()
         scanner.skip_spaces()

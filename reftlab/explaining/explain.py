@@ -26,7 +26,7 @@ from reftlab.training.data import Encoded, Example, as_examples, encode
 from reftlab.training.replies import prompt_form
 
 if TYPE_CHECKING:
-    from reftlab.runtime.bind import BoundEdit
+    from reftlab.runtime.places import BoundEdit
 
 __all__ = ["explain"]
 
@@ -74,6 +74,11 @@ def explain(
     _check(reft, top=top, max_edits=max_edits, draws=draws, max_new_tokens=max_new_tokens)
     rows = as_examples(examples)
     others = as_examples(unseen) if unseen is not None else []
+    if any(row.task is not None for row in (*rows, *others)):
+        raise DataError(
+            "explain looks at one set of edits; take one task's with reft.select(...), without tasks in the "
+            "examples"
+        )
     assert reft.tokenizer is not None
     form = prompt_form(reft, reft.tokenizer, chat, system)
     # A model that does not continue texts would take an answer for a part of the prompt.

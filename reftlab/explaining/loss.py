@@ -100,7 +100,7 @@ class AnswerLoss:
         if (
             family not in _CACHED_FAMILIES
             or not edits
-            or any(e.phase != "prompt" or e.run != "base" or e.source for e in edits)
+            or any(e.phase != "prompt" or e.run != "base" or e.reads for e in edits)
         ):
             return None
         layout = Layout.of(batch, causal=True)

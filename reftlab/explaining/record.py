@@ -2,91 +2,50 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from reftlab.explaining.tokens import Lens
 from reftlab.explaining.vectors import EditVectors
 from reftlab.graph import BASE
-from reftlab.interventions import Intervention
 from reftlab.runtime.calls import continues_texts
 from reftlab.runtime.leaf import get_input
-from reftlab.runtime.window import Layout
+from reftlab.runtime.window import Layout, Selection
 
 if TYPE_CHECKING:
     from reftlab.runtime import BoundModel
-    from reftlab.runtime.bind import BoundEdit
+    from reftlab.runtime.places import BoundEdit
 
 __all__ = ["Recorded", "record"]
 
 
-class _Recorder(Intervention):
-    """Stands in the place of a built intervention, does what it does, and keeps what passes.
+class _Recording:
+    """What every edit was given and made, over several calls; `see` is a `runtime.run.Observer`."""
 
-    It also runs what was not made for it: edits that count positions and plain modules.
-    """
+    def __init__(self) -> None:
+        self.first_row = 0
+        self._parts: dict[str, list[tuple[Any, ...]]] = {}
 
-    takes_source = "optional"
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-        self.counts_positions = bool(getattr(inner, "counts_positions", False))  # type: ignore[misc]
-        self.seen: list[tuple[Tensor, Tensor, Tensor | None]] = []
-
-    def forward(
-        self, base: Float[Tensor, "n width"], source: Float[Tensor, "n width"] | None = None, **extra: Any
-    ) -> Float[Tensor, "n width"]:
-        new: Tensor = self.inner(base, source, **extra)
+    def see(
+        self, bound: BoundEdit, tokens: Selection, base: Tensor, new: Tensor, source: Tensor | None
+    ) -> None:
+        old, made = base.detach().float().cpu(), new.detach().float().cpu()
         kept = None if source is None else source.detach().float().cpu()
-        self.seen.append((base.detach().float().cpu(), new.detach().float().cpu(), kept))
-        return new
-
-
-class Recording:
-    """The recorders of all edits; `take` after each forward call, `vectors` when all are done."""
-
-    def __init__(self, reft: BoundModel, recorders: dict[str, _Recorder]) -> None:
-        self.reft, self.recorders = reft, recorders
-        self._parts: dict[str, list[tuple[Any, ...]]] = {key: [] for key in recorders}
-
-    def take(self, inputs: Mapping[str, Any], sources: Mapping[str, Any] | None, first_row: int) -> None:
-        """Note which example and token each vector seen in the last call belongs to."""
-        for bound in self.reft.edits:
-            seen = self.recorders[bound.key].seen
-            if not seen:
-                continue
-            base, new, source = (_joined(column) for column in zip(*seen, strict=True))
-            seen.clear()
-            run_inputs = inputs if bound.edit.run == BASE else (sources or {})[bound.edit.run]
-            rows, positions = _places(self.reft, bound, run_inputs, len(base))
-            self._parts[bound.key].append((base, new, source, rows + first_row, positions))
+        rows = tokens.rows + (self.first_row if bound.edit.run == BASE else 0)
+        self._parts.setdefault(bound.key, []).append((old, made, kept, rows, tokens.numbers))
 
     def vectors(self, bound: BoundEdit) -> EditVectors | None:
-        """Everything that was seen at one edit; None where it was never reached."""
-        parts = self._parts[bound.key]
+        """Everything that was seen at one edit; None where it never acted."""
+        parts = self._parts.get(bound.key)
         if not parts:
             return None
         base, new, source, rows, positions = (_joined(column) for column in zip(*parts, strict=True))
         mean = None if source is None else source.mean(0)
-        return EditVectors(bound.key, base, bound.edit.strength * (new - base), mean, rows, positions)
-
-
-@contextlib.contextmanager
-def recording(reft: BoundModel) -> Iterator[Recording]:
-    """Put a recorder in the place of every edit inside a `with` block."""
-    with contextlib.ExitStack() as stack:
-        recorders = {}
-        for bound in reft.edits:
-            recorders[bound.key] = _Recorder(reft.interventions[bound.module]).eval()
-            stack.enter_context(reft.replaced(bound.module, recorders[bound.key]))
-        yield Recording(reft, recorders)
+        return EditVectors(bound.key, base, new - base, mean, rows, positions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,20 +79,20 @@ def record(
     """
     lens = Lens(reft.model)
     stream: dict[tuple[int, int], Tensor] = {}
-    with recording(reft) as recorders:
-        first = 0
+    recording = _Recording()
+    with reft.watching(recording.see):
         for batch in batches:
             inputs: dict[str, Any] = {k: v for k, v in batch.items() if k in accepts}
             if lens.missing is None or stream:
                 entering = _read_stream(reft, lens, inputs, sources)
+                first = recording.first_row
                 stream.update({(row + first, number): vector for (row, number), vector in entering.items()})
             else:
                 reft(**inputs, sources=sources)
-            recorders.take(inputs, sources, first)
-            first += len(batch["input_ids"])
+            recording.first_row += len(batch["input_ids"])
     vectors, centres = {}, {}
     for bound in reft.edits:
-        seen = recorders.vectors(bound)
+        seen = recording.vectors(bound)
         if seen is None:
             continue
         vectors[bound.key] = seen
@@ -176,16 +135,3 @@ def _read_stream(
 
 def _joined(parts: tuple[Tensor | None, ...]) -> Any:
     return None if parts[0] is None else torch.cat([part for part in parts if part is not None])
-
-
-def _places(
-    reft: BoundModel, bound: BoundEdit, inputs: Mapping[str, Any], count: int
-) -> tuple[Tensor, Tensor]:
-    """Row and token number of each of `count` vectors."""
-    layout = Layout.of(inputs, causal=continues_texts(reft.model))
-    if layout is not None:
-        chosen = layout.select(bound.edit.positions, bound.edit.phase, reft.tokenizer)
-        if len(chosen) == count:
-            return chosen.rows, chosen.numbers
-    # A site without a token axis has one vector a row.
-    return torch.arange(count), torch.zeros(count, dtype=torch.long)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from reftlab.interventions import Intervention
 
@@ -122,23 +122,27 @@ class _Without(Intervention):
 
     Args:
         inner: the built intervention.
-        directions: orthonormal rows U, `(k, width)`; None takes all away.
+        out: orthonormal rows U, `(k, width)`; None takes all away.
     """
 
     takes_source = "optional"
 
-    def __init__(self, inner: nn.Module, directions: Float[Tensor, "k width"] | None = None) -> None:
+    def __init__(self, inner: Intervention, out: Float[Tensor, "k width"] | None = None) -> None:
         super().__init__()
-        self.inner, self.directions = inner, directions
-        self.counts_positions = bool(getattr(inner, "counts_positions", False))  # type: ignore[misc]
+        self.inner, self.out = inner, out
+        self.averages_source = inner.averages_source  # type: ignore[misc]
 
-    def forward(
+    @property
+    def directions(self) -> int | None:
+        return self.inner.directions
+
+    def edited(
         self, base: Float[Tensor, "n width"], source: Float[Tensor, "n width"] | None = None, **extra: Any
     ) -> Float[Tensor, "n width"]:
-        if self.directions is None:
+        if self.out is None:
             return base
-        new: Tensor = self.inner(base, source, **extra)
-        out = self.directions.to(base)
+        new: Tensor = self.inner.edited(base, source, **extra)
+        out = self.out.to(base)
         return new - ((new - base) @ out.T) @ out
 
 
@@ -207,6 +211,7 @@ def removals(
 
 @contextlib.contextmanager
 def _without(reft: BoundModel, key: str, out: Tensor | None) -> Iterator[None]:
-    stand_in = _Without(reft.interventions[key], out).eval()
-    with reft.replaced(key, stand_in):
+    # An intervention that several places share is taken from all of them.
+    module = next(bound.module for bound in reft.edits if bound.key == key)
+    with reft.replaced(module, _Without(reft.interventions[module], out).eval()):
         yield

@@ -104,13 +104,13 @@ class Edit:
             )
         try:
             strength = number(strength, "strength")
-            tasks, directions = _tasks(tasks), _directions("subspace", subspace)
+            own_tasks, directions = _tasks(tasks), _directions("subspace", subspace)
         except InterventionError as error:
             raise GraphError(f"{where}{error}") from error
         check_name("Edit run", run)
         if share is not None:
             check_name("Edit share", share)
-        if directions is not None and any(chosen is not None for _, chosen in tasks):
+        if directions is not None and any(chosen is not None for _, chosen in own_tasks):
             raise GraphError(f"{where}tasks= gives each task its directions, so subspace= says them twice")
         try:
             path, place, view = parse_path(at), parse_position(positions), View.of(heads, features)
@@ -142,7 +142,7 @@ class Edit:
             features=features if isinstance(features, slice) else view.features,
             strength=strength,
             when=when,
-            tasks=tasks,
+            tasks=own_tasks,
             subspace=directions,
             share=share,
         )

@@ -155,8 +155,10 @@ def _place(view: View, positions: Position, fact: SiteFacts, site: Site, model: 
                 "which one is meant; choose a module that runs once"
             )
         raise BindError(
-            f"{who}: {site} has shape {fact.shape}, in which reftlab knows no rows of tokens; it acts on (row, "
-            "feature), (row, token, feature), (row, channel, height, width) and attention's (row, head, token, key)"
+            f"{who}: {site} has shape {fact.shape}, in which reftlab knows no rows of tokens; it acts on "
+            "(row, "
+            "feature), (row, token, feature), (row, channel, height, width) and attention's (row, head, "
+            "token, key)"
         )
     if fact.stream == "calls" and positions == All() and not _is_cell(model, site):
         raise BindError(
@@ -202,7 +204,8 @@ def _attention_place(view: View, fact: SiteFacts, site: Site, who: str) -> Place
     """A place whose vectors are rows of scores or of a pattern, one for each head."""
     if view.features is not None or view.feature_slice is not None:
         raise AddressError(
-            f"{who}: features= at {site}: its features are keys, of which every call has its own number; use heads="
+            f"{who}: features= at {site}: its features are keys, of which every call has its own number; use "
+            "heads="
         )
     assert fact.axes is not None
     heads = fact.shape[1]

@@ -85,7 +85,8 @@ def _built(bound: BoundEdit, model: nn.Module) -> nn.Module:
     if varies and (built is None or any(t.dim() for t in (*built.parameters(), *built.buffers()))):
         raise BindError(
             f"edit {bound.key!r} at {bound.site}: attention scores and patterns are as wide as each call's "
-            f"sequence is long, and {bound.edit.intervention.describe()} has numbers of a fixed width; use one "
+            f"sequence is long, and {bound.edit.intervention.describe()} has numbers of a fixed width; use "
+            "one "
             "without, such as Zero, Scale or Swap"
         )
     assert built is not None

@@ -55,7 +55,8 @@ def _check_tokens(bound: BoundEdit, read: BoundRead) -> None:
         )
     if read.follows and read.run != bound.edit.run and bound.edit.phase != "prompt":
         raise BindError(
-            f"edit {bound.edit.name!r}: its condition reads generated tokens in run {read.run!r}, which has none"
+            f"edit {bound.edit.name!r}: its condition reads generated tokens in run {read.run!r}, which has "
+            "none"
         )
 
 
@@ -68,7 +69,8 @@ def check_shared(edits: Iterable[BoundEdit]) -> None:
             continue
         if other.edit.share is None or bound.edit.share is None:
             raise BindError(
-                f"edit {bound.key!r} and edit {other.key!r} would both be called {bound.module!r}; choose another "
+                f"edit {bound.key!r} and edit {other.key!r} would both be called {bound.module!r}; choose "
+                "another "
                 "word for share="
             )
         same = written_out(bound.edit.intervention) == written_out(other.edit.intervention)

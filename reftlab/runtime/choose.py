@@ -103,11 +103,11 @@ class Chooser:
         """Say which columns the next pass covers, and how many rows its batch has."""
         if decoder is not None and "decoder" not in self.frames and "decoder" in windows:
             group = max(1, decoder.rows // (self.rows or decoder.rows))
-            rows = range(0, decoder.rows, group)
+            firsts = range(0, decoder.rows, group)
             decoder = replace(
                 decoder,
-                prompts=tuple(decoder.prompts[row] for row in rows),
-                answers=tuple(decoder.answers[row] for row in rows),
+                prompts=tuple(decoder.prompts[row] for row in firsts),
+                answers=tuple(decoder.answers[row] for row in firsts),
                 ids=None if decoder.ids is None else decoder.ids[::group],
             )
             self.frames["decoder"] = Frame(decoder, decoder.rows, 0, decoder.width)
@@ -195,7 +195,8 @@ class Chooser:
             counts = torch.bincount(chosen.tokens.rows)
             if bool((counts % position.joins).any()):
                 raise RunError(
-                    f"{_named(node)}: {str(position)!r} joins {position.joins} tokens, and this call covers only "
+                    f"{_named(node)}: {str(position)!r} joins {position.joins} tokens, and this call covers "
+                    "only "
                     "some of them; run the prompt in one piece"
                 )
         return chosen

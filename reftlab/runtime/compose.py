@@ -22,7 +22,8 @@ def added(a: BoundModel, b: BoundModel) -> BoundModel:
     """
     if a.model is not b.model:
         raise BindError(
-            f"these are bound to two models, {type(a.model).__name__} and {type(b.model).__name__} objects of their "
+            f"these are bound to two models, {type(a.model).__name__} and {type(b.model).__name__} objects "
+            "of their "
             "own; bind or load both on the same model object to add them"
         )
     graph = a.graph + b.graph
@@ -30,7 +31,8 @@ def added(a: BoundModel, b: BoundModel) -> BoundModel:
     both = [name for name in mine if name in theirs and mine[name] is not theirs[name]]
     if both:
         raise BindError(
-            f"both have an intervention {both[0]!r}, each its own; choose another word for share= in one of them"
+            f"both have an intervention {both[0]!r}, each its own; choose another word for share= in one of "
+            "them"
         )
     return _bound(a, graph, {**mine, **theirs})
 

@@ -220,7 +220,8 @@ class BoundModel(nn.Module):
             for bound in () if self._calls.knows_cache(named) else run.edits:
                 if run.starts_before(bound, past):
                     raise RunError(
-                        f"edit {bound.key!r} acts on tokens that past_key_values hold already, and this bound "
+                        f"edit {bound.key!r} acts on tokens that past_key_values hold already, and this "
+                        "bound "
                         "model did not make them; generate without past_key_values"
                     )
             output = self._call(run, self.model.generate, args, kwargs)
@@ -415,9 +416,8 @@ class BoundModel(nn.Module):
 
     def _call(self, run: Run, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mine = [name for bound in run.edits for name in (bound.module, *gate_keys(bound))]
-        prepared = [
-            m for m in map(self.interventions.__getitem__, dict.fromkeys(mine)) if hasattr(m, "prepare")
-        ]
+        modules: list[Any] = [self.interventions[name] for name in dict.fromkeys(mine)]
+        prepared = [module for module in modules if hasattr(module, "prepare")]
         with turn_of(self.model), run.hooks() as hooks:
             hooks.on_input(self.model, self._window_mover(run), first=True)
             try:

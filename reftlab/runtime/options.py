@@ -67,7 +67,7 @@ class Options:
 
     def check_rows(self, rows: int) -> None:
         """Refuse choices made for another number of rows than the batch has."""
-        lists = [("tasks", self.tasks or ())]
+        lists: list[tuple[str, Sequence[Any]]] = [("tasks", self.tasks or ())]
         lists += [(f"subspace[{name!r}]", value) for name, value in self.subspace.items()]
         lists += [(f"scale[{name!r}]", value) for name, value in self.scale.items()]
         for what, values in lists:
@@ -171,7 +171,8 @@ def _tasks(given: Any, graph: InterventionGraph) -> tuple[frozenset[str], ...]:
         for name in names:
             if name.strip() not in known:
                 raise RunError(
-                    f"tasks: there is no task {name!r}; there is {list(known)}.{did_you_mean(str(name), known)}"
+                    f"tasks: there is no task {name!r}; there is "
+                    f"{list(known)}.{did_you_mean(str(name), known)}"
                 )
         result.append(frozenset(name.strip() for name in names))
     return tuple(result)
@@ -243,7 +244,8 @@ def _positions(given: Any, edits: Mapping[str, Edit]) -> dict[str, Position]:
             raise RunError(f"positions[{name!r}]: {error}") from error
         if position.joins != edit.positions.joins:
             raise RunError(
-                f"positions[{name!r}]={value!r}: the edit was bound for vectors of {edit.positions.joins} joined "
+                f"positions[{name!r}]={value!r}: the edit was bound for vectors of {edit.positions.joins} "
+                "joined "
                 f"tokens, these join {position.joins}; write joined(...) as in the edit"
             )
         found[str(name)] = position

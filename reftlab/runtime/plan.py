@@ -11,8 +11,8 @@ from reftlab.graph import BASE
 if TYPE_CHECKING:
     import pandas as pd
 
-    from reftlab.runtime.bind import BoundEdit, BoundRead
     from reftlab.runtime.model import BoundModel
+    from reftlab.runtime.places import BoundEdit, BoundRead
 
 __all__ = ["Plan", "PlanStep", "plan_of"]
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from reftlab.address import ATTENTION_SIDES
 from reftlab.errors import InterventionError, RunError, UntouchedEditWarning
-from reftlab.interventions import Intervention
 from reftlab.runtime.attention import SoftmaxWatch, eager_attention
 from reftlab.runtime.build import gate_keys
 from reftlab.runtime.calls import Layouts
@@ -292,7 +291,8 @@ class Run:
         source = None if source is None else source.to(base)
         if source is not None and source.shape != base.shape:
             raise RunError(
-                f"edit {node.key!r}: its source's vectors are {tuple(source.shape)}, its own {tuple(base.shape)}"
+                f"edit {node.key!r}: its source's vectors are {tuple(source.shape)}, its own "
+                f"{tuple(base.shape)}"
             )
         try:
             new = built.edited(

@@ -112,10 +112,11 @@ class Sources:
         if of_run:
             users = ", ".join(repr(bound.key) for bound, read in fed if read.run == name)
             raise RunError(
-                f"reads[{name!r}]: {len(of_run)} edits read from that run, {users}; give the tensor under the "
+                f"reads[{name!r}]: {len(of_run)} edits read from that run, {users}; give the tensor under "
+                "the "
                 "edit's name"
             )
-        known = [bound.edit.name for bound, _ in fed] + [name for name in self._nodes]
+        known = [bound.edit.name for bound, _ in fed] + list(self._nodes)
         raise RunError(
             f"reads has {name!r}, which is no edit with a source, no read and no run; there is "
             f"{known}.{did_you_mean(str(name), known)}"

@@ -115,7 +115,8 @@ def aligned(
     ranks, most = chosen.vector_ranks, supply.counts
     if len(ranks) and bool((ranks >= torch.tensor(most)[rows]).any()):
         raise RunError(
-            f"edit {node.key!r}: its source offers {max(most)} time steps in run {read.run!r}, and this run goes "
+            f"edit {node.key!r}: its source offers {max(most)} time steps in run {read.run!r}, and this run "
+            "goes "
             "on longer"
         )
     starts = torch.tensor([0, *most]).cumsum(0)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
 
 from reftlab.errors import DataError
 from reftlab.runtime.window import IGNORED_LABEL
@@ -41,13 +40,13 @@ class Collator:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         return cls(0 if pad is None else int(pad), side or tokenizer.padding_side)
 
-    def __call__(self, examples: Sequence[Encoded]) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[Encoded]) -> dict[str, Any]:
         """Build a batch.
 
         Returns:
             `input_ids`, `attention_mask`, `position_ids` and `labels`, each `(row, token)` int64.
             `position_ids` count real tokens, so that padding on the left changes nothing in models
-            with learned positions either.
+            with learned positions either. Where the examples have tasks, `tasks` is their list.
         """
         width = max(len(example) for example in examples)
         ids = torch.full((len(examples), width), self.pad_id)
@@ -58,9 +57,11 @@ class Collator:
             ids[row, here] = torch.tensor(example.input_ids)
             labels[row, here] = torch.tensor(example.labels)
             mask[row, here] = 1
+        tasks = [example.task for example in examples]
         return {
             "input_ids": ids,
             "attention_mask": mask,
             "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
             "labels": labels,
+            **({} if None in tasks else {"tasks": tasks}),
         }

@@ -17,10 +17,17 @@ __all__ = ["Encoded", "Example", "as_examples", "encode", "format_prompt"]
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the answer wanted; the answer is None where only the prompt matters."""
+    """A prompt and the answer wanted; the answer is None where only the prompt matters.
+
+    Attributes:
+        prompt: what the model is asked.
+        answer: what it should say.
+        task: the tasks whose edits act on it, such as `emoji` or `formal+emoji`; None for all edits.
+    """
 
     prompt: str
     answer: str | None = None
+    task: str | None = None
 
 
 @dataclass(frozen=True)
@@ -30,10 +37,12 @@ class Encoded:
     Attributes:
         input_ids: token ids of prompt and answer.
         labels: the same, with -100 on the prompt, so that the loss counts the answer only.
+        task: the example's task.
     """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+    task: str | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -44,7 +53,8 @@ def as_examples(data: Any) -> list[Example]:
 
     Args:
         data: an iterable of `Example`, of prompts, of (prompt, answer) pairs, or of mappings with
-            `prompt` and perhaps `answer`; a `datasets.Dataset` and a list of its rows are such.
+            `prompt` and perhaps `answer` and `task`; a `datasets.Dataset` and a list of its rows are
+            such. Where one example has a task, all need one.
 
     Raises:
         DataError: an entry is none of these; the message names it by number.
@@ -59,6 +69,13 @@ def as_examples(data: Any) -> list[Example]:
     examples = [_example(entry, number) for number, entry in enumerate(data)]
     if not examples:
         raise DataError("there are no examples")
+    without = [number for number, example in enumerate(examples) if example.task is None]
+    if without and len(without) < len(examples):
+        raise DataError(
+            f"example {without[0]}, {examples[without[0]].prompt!r}, has no task and others have; give each "
+            "one "
+            "a task, or none"
+        )
     return examples
 
 
@@ -128,7 +145,7 @@ def encode(
                 f"max_length={max_length}; shorten it or raise max_length"
             )
         labels = [IGNORED_LABEL] * len(prompt) + answer
-        encoded.append(Encoded((*prompt, *answer), tuple(labels)))
+        encoded.append(Encoded((*prompt, *answer), tuple(labels), example.task))
     return encoded
 
 
@@ -142,19 +159,20 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool) -> 
 
 
 def _example(entry: Any, number: int) -> Example:
+    task = None
     if isinstance(entry, Example):
-        prompt, answer = entry.prompt, entry.answer
+        prompt, answer, task = entry.prompt, entry.answer, entry.task
     elif isinstance(entry, Mapping):
         if "prompt" not in entry:
             raise DataError(f"example {number}: expected 'prompt' and 'answer', it has {sorted(entry)}")
-        prompt, answer = entry["prompt"], entry.get("answer")
+        prompt, answer, task = entry["prompt"], entry.get("answer"), entry.get("task")
     elif isinstance(entry, tuple | list) and len(entry) == 2:
         prompt, answer = entry
     else:
         prompt, answer = entry, None
-    if not isinstance(prompt, str) or not isinstance(answer, str | None):
+    if not isinstance(prompt, str) or not isinstance(answer, str | None) or not isinstance(task, str | None):
         raise DataError(
             f"example {number}: expected a prompt, a (prompt, answer) pair of texts, or a mapping with "
             f"'prompt' and 'answer', not {entry!r}"
         )
-    return Example(prompt, answer)
+    return Example(prompt, answer, task)

@@ -6,8 +6,9 @@ import html
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from reftlab.runtime import BoundModel
 from reftlab.training.data import as_examples
-from reftlab.training.loss import answer_loss
+from reftlab.training.loss import answer_loss, with_task
 from reftlab.training.replies import reply
 from reftlab.training.settings import whole
 
@@ -82,6 +83,7 @@ def evaluate(
     system: str | None = None,
     batch_size: int = 16,
     max_new_tokens: int = 64,
+    task: str | None = None,
     **options: Any,
 ) -> Evaluation:
     """Ask a model every example's prompt, and measure the loss on those with an answer.
@@ -91,16 +93,20 @@ def evaluate(
         examples: prompts or (prompt, answer) pairs, see `reftlab.training.as_examples`.
         tokenizer, chat, system, max_new_tokens, **options: as for `reply`.
         batch_size: rows in one batch.
+        task: the tasks whose edits act, in place of the examples' own.
 
     >>> evaluate(reft, [("What is the sea like?", "🌊🐠🐚")])  # doctest: +SKIP
     Evaluation(1 replies, 1 of 1 exact, answer loss 0.0072 nats a token)
     """
     batch_size = whole("batch_size", batch_size, 1)
-    read = as_examples(examples)
+    read = with_task(as_examples(examples), task)
     form: dict[str, Any] = {"chat": chat, "system": system}
     replies: list[str] = []
     for start in range(0, len(read), batch_size):
-        prompts = [example.prompt for example in read[start : start + batch_size]]
+        rows = read[start : start + batch_size]
+        if rows[0].task is not None and isinstance(model, BoundModel):
+            options["tasks"] = [row.task for row in rows]
+        prompts = [row.prompt for row in rows]
         replies += reply(model, prompts, tokenizer, max_new_tokens=max_new_tokens, **form, **options)
     answered = [example for example in read if example.answer is not None]
     loss = answer_loss(model, answered, tokenizer, batch_size=batch_size, **form) if answered else None

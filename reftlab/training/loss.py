@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from reftlab.errors import DataError
+from reftlab.runtime import BoundModel
 from reftlab.runtime.window import IGNORED_LABEL
 from reftlab.training.collate import Collator
-from reftlab.training.data import Encoded, as_examples, encode
+from reftlab.training.data import Encoded, Example, as_examples, encode
 from reftlab.training.replies import prompt_form
 from reftlab.training.settings import whole
 
@@ -30,6 +32,7 @@ def answer_loss(
     system: str | None = None,
     batch_size: int = 16,
     side: Literal["left", "right"] = "right",
+    task: str | None = None,
 ) -> float:
     """Mean cross-entropy of the answers' tokens, in nats a token, over all examples together.
 
@@ -40,6 +43,7 @@ def answer_loss(
         chat, system: as for `reply`.
         batch_size: rows in one forward pass; the result does not depend on it.
         side: where batches are padded; the result does not depend on it.
+        task: the tasks whose edits act, in place of the examples' own.
 
     Raises:
         DataError: no tokenizer, or an example without an answer.
@@ -48,7 +52,8 @@ def answer_loss(
     if tokenizer is None:
         raise DataError("answer_loss needs a tokenizer: bind with one, or give tokenizer=")
     batch_size = whole("batch_size", batch_size, 1)
-    encoded = encode(tokenizer, with_answers(examples), **prompt_form(model, tokenizer, chat, system))
+    rows = with_task(with_answers(examples), task)
+    encoded = encode(tokenizer, rows, **prompt_form(model, tokenizer, chat, system))
     return mean_loss(model, encoded, Collator.of(tokenizer, side), batch_size)
 
 
@@ -61,12 +66,24 @@ def mean_loss(model: Any, encoded: Sequence[Encoded], collate: Collator, batch_s
         with torch.no_grad():
             for start in range(0, len(encoded), batch_size):
                 batch = collate(encoded[start : start + batch_size])
-                batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+                batch = moved(batch, model)
                 losses, tokens = summed_loss(model(**batch).logits, batch["labels"])
                 total, count = total + float(losses), count + tokens
     finally:
         model.train(training)
     return total / count
+
+
+def moved(batch: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """A batch on the model's device; tasks stay as they are, and only bound models know them."""
+    tasks = {"tasks": batch["tasks"]} if "tasks" in batch and isinstance(model, BoundModel) else {}
+    tensors = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, Tensor)}
+    return {**tensors, **tasks}
+
+
+def with_task(examples: Sequence[Example], task: str | None) -> list[Example]:
+    """The examples, all of one task where one is given."""
+    return [example if task is None else replace(example, task=task) for example in examples]
 
 
 def summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:

@@ -44,7 +44,8 @@ def reply(
             it, or has one and was never trained.
         system: system message, with the template only; by default that of the training.
         max_new_tokens: how many tokens a reply may have.
-        **options: passed to `generate`; greedy decoding unless they say otherwise.
+        **options: passed to `generate`; greedy decoding unless they say otherwise. For a bound model
+            `tasks=`, `scale=` and the like are among them.
 
     Returns:
         One reply for each prompt, without special tokens.

@@ -118,8 +118,8 @@ def test_a_direction_taken_out_is_gone_from_what_is_written():
     out = orthonormal(1, 4)
     base = torch.randn(5, WIDTH)
     with torch.no_grad():
-        before, after = built(base) - base, _Without(built, out)(base) - base
-        assert torch.equal(_Without(built, None)(base), base)
+        before, after = built(base) - base, _Without(built, out).edited(base) - base
+        assert torch.equal(_Without(built, None).edited(base), base)
     torch.testing.assert_close(after, before - (before @ out.T) @ out, atol=1e-5, rtol=1e-5)
 
 

@@ -31,8 +31,10 @@ _HOMES = {
         "Position", "Span", "Token", "Union", "parse_path", "parse_position", "portable_names",
     ),
     "reftlab.interventions": (
-        "Add", "Clamp", "ConsReFT", "DiReFT", "Function", "Intervention", "LoReFT", "LobiReFT", "Mean",
-        "NoReFT", "NodiReFT", "Noise", "OrthonormalBasis", "Scale", "Subtract", "Swap", "Zero",
+        "Adapter", "Add", "BoundlessSwap", "Clamp", "ConsReFT", "DiReFT", "Erase", "Function", "Gated",
+        "Intervention", "LoReFT", "LobiReFT", "MaskedSwap", "Mean", "NoReFT", "NodiReFT", "Noise",
+        "OrthonormalBasis", "PCASwap", "ProjectOut", "ReFTr1", "RotatedSwap", "SAEEdit", "Scale", "SoftGate",
+        "SparseAutoencoder", "Steer", "Subtract", "Swap", "Zero", "load_sae",
     ),
     "reftlab.graph": (
         "Condition", "Edit", "InterventionGraph", "Measure", "Read", "Source", "cosine", "gate", "norm",
@@ -44,7 +46,7 @@ _HOMES = {
     ),
     "reftlab.models": ("load_model",),
     "reftlab.experiment": ("Experiment",),
-    "reftlab.explaining": ("Explanation", "explain"),
+    "reftlab.explaining": ("Explanation", "Interference", "explain", "interference"),
 }  # fmt: skip
 
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from reftlab.errors import InterventionError
 from reftlab.interventions.basis import OrthonormalBasis
+from reftlab.interventions.gate import PassMean
 
 __all__ = ["Affine", "Intervention", "intervention_types"]
 
@@ -61,14 +62,21 @@ class Intervention(nn.Module):
             not taken (`"no"`).
         counts_positions: whether `forward` is also handed `positions`, `(n,)` int64, the number of
             each vector's token among the real tokens of its row.
+        counts_rows: whether `forward` is also handed `rows`, `(n,)` int64, the row of the batch that
+            each vector is from.
         averages_source: whether each vector's source is the mean of its row's source vectors, which
             need not be as many as the edited tokens then.
+        takes_subspace: what `subspace=` chooses from: `"basis"` where `forward` takes it and confines
+            the edit to the chosen directions, `"features"` where the edit treats each feature by
+            itself, so that the others simply stay as they are, `"no"` where there is no choice.
         width: length of the vectors, None before `build`.
     """
 
     takes_source: ClassVar[Literal["no", "optional", "required"]] = "no"
     counts_positions: ClassVar[bool] = False
+    counts_rows: ClassVar[bool] = False
     averages_source: ClassVar[bool] = False
+    takes_subspace: ClassVar[Literal["no", "features", "basis"]] = "no"
     width: int | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -108,16 +116,86 @@ class Intervention(nn.Module):
         """Return the new vectors for `base`, given `source` where the intervention takes one."""
         raise NotImplementedError(f"{type(self).__name__} does not say what forward does")
 
+    @property
+    def directions(self) -> int | None:
+        """How many directions a subspace chooses from; None where it takes none or is not yet built."""
+        if self.takes_subspace == "basis":
+            return getattr(self, "rank", None) or self.width
+        return self.width if self.takes_subspace == "features" else None
+
+    def edited(
+        self,
+        base: Float[Tensor, "n width"],
+        source: Float[Tensor, "n width"] | None = None,
+        *,
+        subspace: Bool[Tensor, "n directions"] | None = None,
+        positions: Int[Tensor, " n"] | None = None,
+        rows: Int[Tensor, " n"] | None = None,
+    ) -> Tensor:
+        """Call `forward` with what it takes, and confine the edit to a subspace; the runtime calls this.
+
+        Args:
+            base: the vectors to edit. Half precision is worked out in float32 and cast back.
+            source: the vectors from elsewhere that belong to them.
+            subspace: which directions act for each vector; None for all. Another vector's choice
+                changes nothing.
+            positions: number of each vector's token, for edits with `counts_positions`.
+            rows: row of the batch of each vector, for edits with `counts_rows`.
+
+        Returns:
+            The new vectors, `(n, width)` in the dtype of `base`.
+
+        Raises:
+            InterventionError: a subspace where none is taken, or not of the shape `(n, directions)`.
+        """
+        extra: dict[str, Any] = {}
+        if self.counts_positions:
+            extra["positions"] = positions
+        if self.counts_rows:
+            extra["rows"] = rows
+        if subspace is not None:
+            subspace = self._checked_subspace(subspace, base)
+        if subspace is not None and self.takes_subspace == "basis":
+            extra["subspace"] = subspace
+        if base.dtype in (torch.bfloat16, torch.float16):
+            new = self(base.float(), None if source is None else source.float(), **extra).to(base.dtype)
+        else:
+            new = self(base, source, **extra)
+        return torch.where(subspace, new, base) if subspace is not None and "subspace" not in extra else new
+
+    def _checked_subspace(self, subspace: Tensor, base: Tensor) -> Tensor:
+        count = self.directions
+        expected = (base.shape[0], count)
+        if count is None:
+            raise InterventionError(
+                f"subspace={_short(subspace)}: {type(self).__name__} has no directions to choose from; "
+                "leave subspace= out"
+            )
+        if not isinstance(subspace, Tensor) or subspace.dtype != torch.bool or subspace.shape != expected:
+            kind = f"{subspace.dtype} " if isinstance(subspace, Tensor) else ""
+            raise InterventionError(
+                f"subspace={kind}{_short(subspace)}: {self.describe()} takes a bool tensor "
+                f"(vectors, directions), here {expected}; directions are numbered 0 to {count - 1}"
+            )
+        return subspace.to(base.device)
+
+    def penalty(self) -> Float[Tensor, ""] | None:
+        """A term that training adds to the loss, from the last forward pass; none by default."""
+        return None
+
+    def schedule(self, progress: float) -> None:
+        """Take note that the share `progress` of training, 0 to 1, is done; nothing to do by default."""
+
     def prepare(self) -> None:
         """Compute ahead what the coming forward pass shares; the runtime calls it before each one."""
         for module in self.modules():
-            if isinstance(module, OrthonormalBasis):
+            if isinstance(module, OrthonormalBasis | PassMean):
                 module.start_pass()
 
     def finish(self) -> None:
         """Drop what `prepare` computed, unless a backward pass may need it."""
         for module in self.modules():
-            if isinstance(module, OrthonormalBasis):
+            if isinstance(module, OrthonormalBasis | PassMean):
                 module.end_pass()
 
     def check_source(self, given: bool) -> None:
@@ -187,10 +265,31 @@ def as_vector(value: Any, argument: str) -> Tensor | None:
     return tensor
 
 
+def as_matrix(value: Any, argument: str) -> Tensor:
+    """Turn rows of numbers into a float32 tensor `(rows, width)`; one vector is one row.
+
+    Raises:
+        InterventionError: not a vector or a matrix of finite numbers, or one without rows.
+    """
+    if isinstance(value, Tensor) and (value.is_complex() or value.is_meta):
+        raise InterventionError(f"{argument}={_short(value)}: expected a vector or rows of real numbers")
+    try:
+        tensor = torch.as_tensor(value).detach().to(torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InterventionError(f"{argument}={value!r}: expected a vector or rows of numbers") from error
+    tensor = tensor[None] if tensor.dim() == 1 else tensor
+    if tensor.dim() != 2 or 0 in tensor.shape or not torch.isfinite(tensor).all():
+        raise InterventionError(
+            f"{argument} must be a vector (width,) or rows (k, width) of finite numbers, "
+            f"not {_short(value)} of shape {tuple(tensor.shape)}"
+        )
+    return tensor
+
+
 def check_width(value: Tensor | None, argument: str, width: int) -> None:
     """Refuse a vector that is not as long as the site is wide."""
-    if value is not None and value.dim() == 1 and value.shape[0] != width:
-        raise InterventionError(f"{argument} has {value.shape[0]} numbers, the vectors here have {width}")
+    if value is not None and value.dim() > 0 and value.shape[-1] != width:
+        raise InterventionError(f"{argument} has {value.shape[-1]} numbers, the vectors here have {width}")
 
 
 def number(value: Any, argument: str, low: float = -float("inf"), high: float = float("inf")) -> float:
@@ -201,6 +300,20 @@ def number(value: Any, argument: str, low: float = -float("inf"), high: float = 
         between = "" if low == -float("inf") else f" from {low:g}{upper}"
         raise InterventionError(f"{argument}={value!r}: expected a finite number{between}")
     return float(value)
+
+
+def whole(value: Any, argument: str, low: int) -> int:
+    """Check that an argument is a whole number of `low` or more and return it."""
+    if type(value) is not int or value < low:
+        raise InterventionError(f"{argument}={value!r}: expected a whole number of {low} or more")
+    return value
+
+
+def flag(value: Any, argument: str) -> bool:
+    """Check that an argument is True or False and return it."""
+    if type(value) is not bool:
+        raise InterventionError(f"{argument}={value!r}: expected True or False")
+    return value
 
 
 def _arguments(kind: type[Intervention]) -> dict[str, inspect.Parameter]:
@@ -215,4 +328,6 @@ def _short(value: Any) -> str:
         return f"tensor{tuple(value.shape)}" if value.dim() else f"{value.item():g}"
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, Intervention):
+        return value.describe()
     return getattr(value, "__name__", None) or repr(value)

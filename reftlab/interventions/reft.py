@@ -9,6 +9,8 @@ arXiv:2404.03592), section 3.2 for LoReFT and DiReFT. The other members are thos
 library, under its names. Note the names there: the paper's DiReFT has neither orthonormality
 nor difference, `h + W2ᵀ(W1 h + b)`; the authors' library, and so this one, calls that NodiReFT
 and keeps orthonormal rows in DiReFT.
+
+The r directions are the basis that `subspace=` chooses from: amounts along the others are not written.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -39,6 +41,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class _LowRank(Intervention):
     """What the family shares: `h + s · dropout(target(h)) · directions`."""
 
+    takes_subspace = "basis"
     rank: int
     dropout: float = 0.0
     scale: float = 1.0
@@ -66,8 +69,10 @@ class _LowRank(Intervention):
     def _activate(self, values: Tensor) -> Tensor:
         return values if self.activation is None else ACTIVATIONS[self.activation](values)
 
-    def _write(self, base: Tensor, amounts: Tensor, directions: Tensor) -> Tensor:
-        """Add `amounts` `(n, rank)` along the columns of `directions` `(width, rank)`."""
+    def _write(self, base: Tensor, amounts: Tensor, directions: Tensor, subspace: Tensor | None) -> Tensor:
+        """Add `amounts` `(n, rank)` along those columns of `directions` `(width, rank)` that are chosen."""
+        if subspace is not None:
+            amounts = amounts.masked_fill(~subspace, 0.0)
         return base + self.scale * (self.drop(amounts) @ directions.T)
 
 
@@ -132,10 +137,14 @@ class LoReFT(_Learned):
         self.basis = OrthonormalBasis(width, self.rank)
 
     def forward(
-        self, base: Float[Tensor, "n width"], source: Float[Tensor, "n width"] | None = None
+        self,
+        base: Float[Tensor, "n width"],
+        source: Float[Tensor, "n width"] | None = None,
+        *,
+        subspace: Bool[Tensor, "n rank"] | None = None,
     ) -> Float[Tensor, "n width"]:
         basis = self.basis()
-        return self._write(base, self._target(base) - base @ basis, basis)
+        return self._write(base, self._target(base) - base @ basis, basis, subspace)
 
     def affine(self) -> Affine | None:
         basis = self.basis().detach()
@@ -155,9 +164,13 @@ class DiReFT(_Learned):
         self.basis = OrthonormalBasis(width, self.rank)
 
     def forward(
-        self, base: Float[Tensor, "n width"], source: Float[Tensor, "n width"] | None = None
+        self,
+        base: Float[Tensor, "n width"],
+        source: Float[Tensor, "n width"] | None = None,
+        *,
+        subspace: Bool[Tensor, "n rank"] | None = None,
     ) -> Float[Tensor, "n width"]:
-        return self._write(base, self._target(base), self.basis())
+        return self._write(base, self._target(base), self.basis(), subspace)
 
     def affine(self) -> Affine | None:
         return self._affine(self.basis().detach(), minus=None)
@@ -176,10 +189,14 @@ class NoReFT(_Learned):
         self.projection = nn.Linear(width, self.rank, bias=False)
 
     def forward(
-        self, base: Float[Tensor, "n width"], source: Float[Tensor, "n width"] | None = None
+        self,
+        base: Float[Tensor, "n width"],
+        source: Float[Tensor, "n width"] | None = None,
+        *,
+        subspace: Bool[Tensor, "n rank"] | None = None,
     ) -> Float[Tensor, "n width"]:
         directions = self.projection.weight.float().T
-        return self._write(base, self._target(base) - base @ directions, directions)
+        return self._write(base, self._target(base) - base @ directions, directions, subspace)
 
     def affine(self) -> Affine | None:
         directions = self.projection.weight.detach().float().T
@@ -199,9 +216,13 @@ class NodiReFT(_Learned):
         self.projection = nn.Linear(width, self.rank, bias=False)
 
     def forward(
-        self, base: Float[Tensor, "n width"], source: Float[Tensor, "n width"] | None = None
+        self,
+        base: Float[Tensor, "n width"],
+        source: Float[Tensor, "n width"] | None = None,
+        *,
+        subspace: Bool[Tensor, "n rank"] | None = None,
     ) -> Float[Tensor, "n width"]:
-        return self._write(base, self._target(base), self.projection.weight.float().T)
+        return self._write(base, self._target(base), self.projection.weight.float().T, subspace)
 
     def affine(self) -> Affine | None:
         return self._affine(self.projection.weight.detach().float().T, minus=None)
@@ -233,10 +254,14 @@ class ConsReFT(_Constant):
     """
 
     def forward(
-        self, base: Float[Tensor, "n width"], source: Float[Tensor, "n width"] | None = None
+        self,
+        base: Float[Tensor, "n width"],
+        source: Float[Tensor, "n width"] | None = None,
+        *,
+        subspace: Bool[Tensor, "n rank"] | None = None,
     ) -> Float[Tensor, "n width"]:
         basis = self.basis()
-        return self._write(base, self.target.float() - base @ basis, basis)
+        return self._write(base, self.target.float() - base @ basis, basis, subspace)
 
     def affine(self) -> Affine:
         basis, target = self.basis().detach(), self.target.detach().float()
@@ -252,10 +277,14 @@ class LobiReFT(_Constant):
     """
 
     def forward(
-        self, base: Float[Tensor, "n width"], source: Float[Tensor, "n width"] | None = None
+        self,
+        base: Float[Tensor, "n width"],
+        source: Float[Tensor, "n width"] | None = None,
+        *,
+        subspace: Bool[Tensor, "n rank"] | None = None,
     ) -> Float[Tensor, "n width"]:
         amounts = self.target.float().expand(base.shape[0], -1)
-        return self._write(base, amounts, self.basis())
+        return self._write(base, amounts, self.basis(), subspace)
 
     def affine(self) -> Affine:
         basis, target = self.basis().detach(), self.target.detach().float()

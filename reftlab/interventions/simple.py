@@ -27,6 +27,7 @@ class Swap(Intervention):
     """
 
     takes_source = "required"
+    takes_subspace = "features"
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,6 +44,8 @@ class Zero(Intervention):
 
     0
     """
+
+    takes_subspace = "features"
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,6 +66,8 @@ class Scale(Intervention):
     factor · h
     """
 
+    takes_subspace = "features"
+
     def __init__(self, factor: float) -> None:
         super().__init__()
         self.factor = number(factor, "factor")
@@ -81,6 +86,7 @@ class _WithVector(Intervention):
     """What edits with a fixed vector share; the vector travels with `.to` and is saved."""
 
     takes_source = "optional"
+    takes_subspace = "features"
     value: Tensor | None
 
     def __init__(self, value: Vector | None = None) -> None:
@@ -192,6 +198,7 @@ class Noise(Intervention):
     """
 
     counts_positions = True
+    takes_subspace = "features"
 
     def __init__(self, std: float, seed: int = 0) -> None:
         super().__init__()
@@ -228,6 +235,8 @@ class Clamp(Intervention):
         low: lowest value, or None for no bound.
         high: highest value, or None for no bound.
     """
+
+    takes_subspace = "features"
 
     def __init__(self, low: float | None = None, high: float | None = None) -> None:
         super().__init__()

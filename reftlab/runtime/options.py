@@ -189,10 +189,10 @@ def _subspaces(given: Any, edits: Mapping[str, Edit]) -> dict[str, tuple[Directi
         given = dict.fromkeys(based, given)
     found = {}
     for name, value in given.items():
-        kind = type(edits[_named("subspace", name, edits)].intervention)
-        if kind.takes_subspace == "no":
+        intervention = edits[_named("subspace", name, edits)].intervention
+        if intervention.takes_subspace == "no":
             raise RunError(
-                f"subspace: edit {name!r} is a {kind.__name__}, which has no directions to choose from"
+                f"subspace: edit {name!r} is a {type(intervention).__name__}, which has no directions to choose from"
             )
         rows = value if isinstance(value, list | tuple) and _nested(value) else [value]
         found[name] = tuple(_numbers(f"subspace[{name!r}]", row) for row in rows)

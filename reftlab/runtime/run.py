@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from reftlab.address import ATTENTION_SIDES
 from reftlab.errors import InterventionError, RunError, UntouchedEditWarning
+from reftlab.interventions import Intervention
 from reftlab.runtime.attention import SoftmaxWatch, eager_attention
 from reftlab.runtime.build import gate_keys
 from reftlab.runtime.calls import Layouts
@@ -294,12 +295,16 @@ class Run:
                 f"edit {node.key!r}: its source's vectors are {tuple(source.shape)}, its own "
                 f"{tuple(base.shape)}"
             )
+        extra = {
+            "subspace": None if subspace is None else subspace.to(base.device),
+            "positions": tokens.numbers,
+            "rows": tokens.rows,
+        }
         try:
-            new = built.edited(
-                base,
-                source,
-                subspace=None if subspace is None else subspace.to(base.device),
-                positions=tokens.numbers,
+            new = (
+                built.edited(base, source, **extra)
+                if isinstance(built, Intervention)
+                else built(base, source)
             )
         except Exception as error:
             error.add_note(f"in edit {node.key!r} at {node.site}")

@@ -25,6 +25,7 @@ class TrainStep:
         learning_rate: that the step was made with.
         gradient_norm: norm of the gradient of all trainable numbers, before clipping.
         evaluation_loss: answer loss on the evaluation examples, nats a token, where it was measured.
+        penalty: mean of the penalties of the steps since the last note, where interventions have some.
     """
 
     step: int
@@ -33,6 +34,7 @@ class TrainStep:
     learning_rate: float | None = None
     gradient_norm: float | None = None
     evaluation_loss: float | None = None
+    penalty: float | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 import reftlab
 from reftlab.errors import DataError, RunError
+from reftlab.interventions import Intervention, SoftGate
 from reftlab.runtime import BoundModel
 from reftlab.runtime.saving import signature_of
 from reftlab.training.checkpoints import (
@@ -72,8 +73,9 @@ def train(
 ) -> TrainResult:
     """Train the interventions so that the model gives the answers; the model itself stays frozen.
 
-    The loss is the cross-entropy of the answer's tokens. Optimiser AdamW, with Hugging Face's
-    `Trainer` underneath.
+    The loss is the cross-entropy of the answer's tokens, and the interventions' own penalties where
+    they have some. Before each step the interventions learn how much of the training is done, for
+    their temperatures. Optimiser AdamW, with Hugging Face's `Trainer` underneath.
 
     Args:
         reft: a bound model with a tokenizer; its interventions are trained in place.
@@ -212,12 +214,40 @@ class _Trainer(Trainer):
     def __init__(self, *, identity: Mapping[str, Any], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.identity = identity
+        self.penalties = 0.0
+        self.logged_at: int | None = None
         self.remove_callback(PrinterCallback)
         # Whether the loss is averaged over accumulated batches is the inner model's matter.
         inner = self.model.model
         arguments = inspect.signature(inner.forward).parameters.values()
         open_ended = any(argument.kind is argument.VAR_KEYWORD for argument in arguments)
         self.model_accepts_loss_kwargs = getattr(inner, "accepts_loss_kwargs", open_ended)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The answer loss of a batch and the penalties of its pass."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        terms = [part.penalty() for part in _parts(self.model)]
+        penalties = [term.to(loss) for term in terms if term is not None]
+        if penalties:
+            penalty = torch.stack(penalties).sum()
+            batches = self.current_gradient_accumulation_steps
+            # Divided by all accumulated answers already, the loss is not divided by the batches later.
+            scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            loss = loss + (penalty / batches if scaled else penalty)
+            self.penalties += float(penalty.detach()) / batches
+            if self.logged_at is None:
+                self.logged_at = self.state.global_step
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the answer loss under its name, and the mean penalty of a step apart from it."""
+        if "loss" in logs and self.logged_at is not None:
+            penalty = self.penalties / max(self.state.global_step - self.logged_at, 1)
+            logs = {**logs, "loss": logs["loss"] - penalty, "penalty": penalty}
+            self.penalties, self.logged_at = 0.0, self.state.global_step
+        super().log(logs, start_time)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -247,7 +277,7 @@ class _Trainer(Trainer):
 
 
 class _Watcher(TrainerCallback):
-    """Shows a progress bar and stops a training whose loss is no longer a number."""
+    """Shows a progress bar, tells interventions how far it is, and stops on a loss that is no number."""
 
     def __init__(self, progress: bool) -> None:
         self.progress = progress
@@ -256,6 +286,7 @@ class _Watcher(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         from tqdm.auto import tqdm
 
+        _tell_progress(kwargs["model"], state)
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
@@ -266,6 +297,8 @@ class _Watcher(TrainerCallback):
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # At the end of a step, so that checkpoints and evaluations are as the next step finds them.
+        _tell_progress(kwargs["model"], state)
         self.bar.update(state.global_step - self.bar.n)
 
     def close(self) -> None:
@@ -282,6 +315,17 @@ class _Watcher(TrainerCallback):
                 f"{args.learning_rate:g}, or add warmup_steps"
             )
         self.bar.set_postfix_str(f"loss {loss:.4g}", refresh=state.global_step == state.max_steps)
+
+
+def _parts(reft: BoundModel) -> list[Intervention | SoftGate]:
+    """The bound model's interventions and gates; a shared one is there once."""
+    return [part for part in reft.interventions.values() if isinstance(part, Intervention | SoftGate)]
+
+
+def _tell_progress(reft: BoundModel, state: Any) -> None:
+    for part in _parts(reft):
+        if isinstance(part, Intervention):
+            part.schedule(min(state.global_step / max(state.max_steps, 1), 1.0))
 
 
 def _arguments(reft: BoundModel, folder: Path, settings: dict[str, Any]) -> TrainingArguments:
@@ -311,7 +355,12 @@ def _arguments(reft: BoundModel, folder: Path, settings: dict[str, Any]) -> Trai
 
 def _history(log: list[dict[str, float]]) -> tuple[TrainStep, ...]:
     entries: dict[int, dict[str, Any]] = {}
-    names = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "gradient_norm"}
+    names = {
+        "loss": "loss",
+        "learning_rate": "learning_rate",
+        "grad_norm": "gradient_norm",
+        "penalty": "penalty",
+    }
     for line in log:
         found = {field: line[key] for key, field in names.items() if key in line}
         if "eval_loss" in line:

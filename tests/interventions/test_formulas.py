@@ -187,3 +187,8 @@ def test_every_intervention_of_the_issue_is_there() -> None:
     wanted = "LoReFT NoReFT DiReFT ConsReFT LobiReFT NodiReFT Swap Add Subtract Scale Zero Mean Noise Clamp Function"
     assert set(wanted.split()) <= set(intervention_types())
     assert all(hasattr(rl, name) for name in wanted.split())
+    later = (
+        "RotatedSwap BoundlessSwap MaskedSwap PCASwap SparseAutoencoder SAEEdit Erase ProjectOut Steer ReFTr1 "
+        "Adapter Gated"
+    )
+    assert set(later.split()) <= set(intervention_types())

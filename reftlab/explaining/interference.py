@@ -1,0 +1,300 @@
+"""How much two edits get in each other's way: their bases, their order, and their effect together."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reftlab.address import head_name
+from reftlab.errors import DataError
+from reftlab.explaining.inputs import accepted, evaluating
+from reftlab.graph import BASE, Read
+from reftlab.interventions import Intervention
+from reftlab.runtime.places import BoundEdit
+from reftlab.training.collate import Collator
+from reftlab.training.data import Example, as_examples, encode
+from reftlab.training.replies import prompt_form
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from reftlab.runtime import BoundModel
+
+__all__ = ["EditPair", "Interference", "SharedPlace", "interference", "principal_angles", "write_basis"]
+
+
+@dataclass(frozen=True)
+class SharedPlace:
+    """Two edits at one place of the model.
+
+    Attributes:
+        a, b: keys of the edits.
+        site: the place.
+        angles: principal angles between the subspaces that they write in, ascending, in degrees:
+            0 is a shared direction, 90 none; empty where one of them has no fixed subspace.
+        overlap: mean squared cosine of the angles, 0 to 1: the share of the smaller subspace that
+            lies in the larger.
+        chance: what `overlap` is on average for random subspaces of these sizes.
+        commutator: mean of `‖a(b(h)) − b(a(h))‖` over mean of `‖a(h) − h‖ + ‖b(h) − h‖`, for the
+            vectors h of the inputs: 0 where their order does not matter; None where they do not act
+            on the same tokens of the prompt, or take values from other runs.
+        vectors: number of vectors that the commutator was measured on.
+    """
+
+    a: str
+    b: str
+    site: str
+    angles: tuple[float, ...]
+    overlap: float | None
+    chance: float | None
+    commutator: float | None
+    vectors: int
+
+
+@dataclass(frozen=True)
+class EditPair:
+    """Two edits.
+
+    Attributes:
+        a, b: names of the edits.
+        places: where both act.
+        interaction: what the logits after the prompt, with both edits, differ from the sum of the
+            edits' single effects, over the sum of the lengths of those effects: 0 where the effects add
+            up; None where the model has no logits.
+    """
+
+    a: str
+    b: str
+    places: tuple[SharedPlace, ...]
+    interaction: float | None
+
+
+@dataclass(frozen=True)
+class Interference:
+    """How much each two edits of a bound model interfere.
+
+    Attributes:
+        pairs: every two edits.
+        rows: number of prompts that it was measured on.
+    """
+
+    pairs: tuple[EditPair, ...]
+    rows: int
+
+    def to_frame(self) -> pd.DataFrame:
+        """One line a pair and shared place; a pair without one has a line of its own."""
+        import pandas as pd
+
+        lines = []
+        for pair in self.pairs:
+            alone = SharedPlace(pair.a, pair.b, "", (), None, None, None, 0)
+            for place in pair.places or (alone,):
+                lines.append(
+                    {
+                        "a": place.a,
+                        "b": place.b,
+                        "site": place.site,
+                        "smallest angle (degrees)": place.angles[0] if place.angles else None,
+                        "overlap": place.overlap,
+                        "chance": place.chance,
+                        "commutator": place.commutator,
+                        "interaction": pair.interaction,
+                    }
+                )
+        return pd.DataFrame(lines)
+
+    def plot(self) -> Figure:
+        """Angles on the left, commutators and interactions on the right, one line a pair and place."""
+        from reftlab.plotting.interference import interference_figure
+
+        lines: list[tuple[str, Sequence[float], float | None, float | None]] = []
+        for pair in self.pairs:
+            name = f"{pair.a}, {pair.b}"
+            lines += [(_place_name(name, p), p.angles, p.commutator, pair.interaction) for p in pair.places]
+            lines += [] if pair.places else [(name, (), None, pair.interaction)]
+        return interference_figure(lines)
+
+    def __repr__(self) -> str:
+        parts = []
+        for pair in self.pairs:
+            commutators = [p.commutator for p in pair.places if p.commutator is not None]
+            order = f", commutator up to {max(commutators):.3g}" if commutators else ""
+            effect = "" if pair.interaction is None else f", interaction {pair.interaction:.3g}"
+            parts.append(f"{pair.a} and {pair.b}: {len(pair.places)} shared places{order}{effect}")
+        return f"Interference({'; '.join(parts) or 'one edit alone'})"
+
+    def _repr_html_(self) -> str:
+        table = self.to_frame().to_html(index=False, float_format="{:.3g}".format, na_rep="–")
+        return f"<p>{html.escape(repr(self))}</p>{table}"
+
+
+def interference(reft: BoundModel, prompts: Any) -> Interference:
+    """Measure how much each two edits of a bound model interfere.
+
+    Args:
+        reft: a bound model with two edits or more, for instance `emoji + formal`.
+        prompts: texts, (prompt, answer) pairs of which the prompt is taken, or a batch of the model's
+            inputs by name.
+
+    Returns:
+        Angles, commutators and interactions; see `SharedPlace` and `EditPair` for the formulas. The
+        principal angles are those of Björck and Golub, "Numerical methods for computing angles
+        between linear subspaces" (1973).
+
+    Raises:
+        DataError: texts and no tokenizer, or nothing to measure on.
+
+    >>> rl.interference(emoji + formal, ["What is the sea like?"])  # doctest: +SKIP
+    Interference(emoji and formal: 1 shared places, commutator up to 0.02, interaction 0.4)
+    """
+    inputs = _inputs(reft, prompts)
+    rows = len(next(iter(inputs.values())))
+    names = [edit.name for edit in reft.graph.edits]
+    with evaluating(reft), torch.no_grad():
+        effects = _Effects(reft, inputs)
+        pairs = []
+        for a, b in combinations(names, 2):
+            mine, theirs = ([bound for bound in reft.edits if bound.edit.name == name] for name in (a, b))
+            shared = [(x, y) for x in mine for y in theirs if _same_place(x, y)]
+            places = tuple(_measured(reft, x, y, inputs) for x, y in shared)
+            pairs.append(EditPair(a, b, places, effects.interaction(a, b)))
+    return Interference(tuple(pairs), rows)
+
+
+def principal_angles(a: Float[Tensor, "width r"], b: Float[Tensor, "width s"]) -> Float[Tensor, " k"]:
+    """Principal angles between two subspaces, ascending, in degrees.
+
+    Args:
+        a, b: orthonormal bases, a direction a column.
+
+    >>> principal_angles(torch.eye(3)[:, :2], torch.eye(3)[:, 1:]).tolist()
+    [0.0, 90.0]
+    """
+    cosines = torch.linalg.svdvals(a.double().T @ b.double()).clamp(-1, 1)
+    # Small angles from their sines, which the cosine is too flat to tell.
+    rest = b.double() - a.double() @ (a.double().T @ b.double())
+    if a.shape[1] < b.shape[1]:
+        rest = a.double() - b.double() @ (b.double().T @ a.double())
+    sines = torch.linalg.svdvals(rest).clamp(0, 1).flip(0)[: len(cosines)]
+    angles = torch.where(cosines**2 > 0.5, torch.arcsin(sines), torch.arccos(cosines))
+    return torch.rad2deg(angles).float()
+
+
+def write_basis(built: Any) -> Float[Tensor, "width r"] | None:
+    """An orthonormal basis of the subspace that a built intervention writes in; None where it has none."""
+    if isinstance(getattr(built, "basis", None), torch.nn.Module):
+        return built.basis().detach()  # type: ignore[no-any-return]
+    affine = built.affine() if isinstance(built, Intervention) else None
+    if affine is None:
+        return None
+    written = torch.cat([affine.write, affine.constant[:, None]], dim=1).detach().float()
+    left, sizes, _ = torch.linalg.svd(written, full_matrices=False)
+    kept = sizes > sizes.max() * 1e-6 if len(sizes) and float(sizes.max()) > 0 else sizes > 0
+    return left[:, kept]
+
+
+class _Effects:
+    """What each set of edits does to the logits after the prompt."""
+
+    def __init__(self, reft: BoundModel, inputs: Mapping[str, Tensor]) -> None:
+        self.reft, self.inputs = reft, inputs
+        head = head_name(reft.model)
+        self._read = None if head is None else Read(f"{head}.output", "last", name="logits")
+        self._known: dict[frozenset[str], Tensor] = {}
+
+    def interaction(self, a: str, b: str) -> float | None:
+        needs = {read.run for edit in self.reft.graph.edits for read in edit.reads} - {BASE}
+        if self._read is None or needs:
+            return None
+        none, one, other, both = (self._logits(*names) for names in ((), (a,), (b,), (a, b)))
+        first, second = one - none, other - none
+        size = first.norm(dim=-1) + second.norm(dim=-1)
+        return float((both - none - first - second).norm(dim=-1).mean() / size.mean().clamp(min=1e-12))
+
+    def _logits(self, *names: str) -> Tensor:
+        key = frozenset(names)
+        if key not in self._known:
+            assert self._read is not None
+            off = [edit.name for edit in self.reft.graph.edits if edit.name not in names]
+            part = self.reft.disabled(*off) if off else self.reft.watching(lambda *_: None)
+            with part:
+                self._known[key] = self.reft.read(self._read, **self.inputs)["logits"][:, 0].float()
+        return self._known[key]
+
+
+def _inputs(reft: BoundModel, prompts: Any) -> dict[str, Any]:
+    if isinstance(prompts, Mapping):
+        taken = accepted(reft.model) - {"labels"}
+        found = {name: value for name, value in prompts.items() if name in taken}
+        if not found:
+            raise DataError(
+                f"interference: none of {sorted(prompts)} is an input of the model; give {sorted(taken)}"
+            )
+        return found
+    if reft.tokenizer is None:
+        raise DataError("interference needs a tokenizer for texts: bind with one, or give the model's inputs")
+    rows = [Example(row.prompt) for row in as_examples([prompts] if isinstance(prompts, str) else prompts)]
+    batch = Collator.of(reft.tokenizer, "left")(
+        encode(reft.tokenizer, rows, **prompt_form(reft, reft.tokenizer, None))
+    )
+    return {name: batch[name].to(reft.device) for name in accepted(reft.model) - {"labels"}}
+
+
+def _same_place(x: BoundEdit, y: BoundEdit) -> bool:
+    here, there = ((s.module, s.side, s.leaf, s.part) for s in (x.site, y.site))
+    return here == there and (x.width, x.edit.run, x.edit.view) == (y.width, y.edit.run, y.edit.view)
+
+
+def _measured(reft: BoundModel, x: BoundEdit, y: BoundEdit, inputs: Mapping[str, Tensor]) -> SharedPlace:
+    built = [reft.interventions[bound.module] for bound in (x, y)]
+    bases = [write_basis(module) for module in built]
+    angles: tuple[float, ...] = ()
+    overlap = chance = None
+    if all(basis is not None and basis.shape[1] for basis in bases):
+        a, b = bases
+        assert a is not None
+        assert b is not None
+        found = principal_angles(a, b.to(a))
+        angles = tuple(found.tolist())
+        overlap = float(torch.cos(torch.deg2rad(found)).square().mean())
+        chance = max(a.shape[1], b.shape[1]) / a.shape[0]
+    commutator, count = _commutator(reft, x, y, inputs)
+    return SharedPlace(x.key, y.key, str(x.site), angles, overlap, chance, commutator, count)
+
+
+def _commutator(
+    reft: BoundModel, x: BoundEdit, y: BoundEdit, inputs: Mapping[str, Tensor]
+) -> tuple[float | None, int]:
+    edits = (x.edit, y.edit)
+    plain = all(e.phase != "decode" and e.source is None and e.positions == x.edit.positions for e in edits)
+    unnamed = x.site.part and x.site.label  # a part of several places has no path of its own
+    if not plain or x.edit.run != BASE or str(x.edit.positions) == "given" or unnamed:
+        return None, 0
+    path = str(x.site) if x.site.label else x.edit.at
+    read = Read(path, x.edit.positions, heads=x.edit.heads, features=x.edit.features, name="here")
+    with reft.disabled():
+        found = reft.read(read, **inputs).flat("here")
+    base = found.vectors.float()
+
+    def act(bound: BoundEdit, vectors: Tensor) -> Tensor:
+        built: Any = reft.interventions[bound.module]
+        new = built.edited(vectors, positions=found.positions, rows=found.rows)
+        return vectors + bound.edit.strength * (new - vectors)
+
+    one, other = act(x, base), act(y, base)
+    size = (one - base).norm(dim=-1) + (other - base).norm(dim=-1)
+    apart = (act(x, other) - act(y, one)).norm(dim=-1)
+    return float(apart.mean() / size.mean().clamp(min=1e-12)), len(base)
+
+
+def _place_name(name: str, place: SharedPlace) -> str:
+    labels = [key.partition("[")[2].rstrip("]") for key in (place.a, place.b)]
+    return f"{name} at {place.site}" if not any(labels) else f"{name} [{labels[0] or labels[1]}]"

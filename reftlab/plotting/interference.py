@@ -1,0 +1,58 @@
+"""The figure of how much edits interfere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from reftlab.plotting.style import (
+    BLUE,
+    GREY,
+    ORANGE,
+    VERMILLION,
+    drawable,
+    empty_figure,
+    frame,
+    message_figure,
+)
+
+__all__ = ["interference_figure"]
+
+Line = tuple[str, Sequence[float], float | None, float | None]
+
+
+def interference_figure(lines: Sequence[Line]) -> Figure:
+    """Draw, for each pair of edits and shared place, angles on the left and measures on the right.
+
+    Args:
+        lines: name, principal angles in degrees, commutator and interaction of each.
+    """
+    if not lines:
+        return message_figure("Interference", "there are no two edits")
+    figure = empty_figure(8.5, 1.6 + 0.32 * len(lines))
+    left, right = figure.subplots(1, 2, sharey=True)
+    for place, (_, angles, commutator, interaction) in enumerate(lines):
+        left.plot(angles, [place] * len(angles), "o", color=BLUE, markersize=6, alpha=0.8)
+        if not angles:
+            left.text(
+                45, place, "no shared subspace to compare", fontsize=7, color=GREY, ha="center", va="center"
+            )
+        if commutator is not None:
+            right.plot([commutator], [place], "D", color=VERMILLION, markersize=6)
+        if interaction is not None:
+            right.plot([interaction], [place], "s", color=ORANGE, markersize=6)
+    left.set_yticks(range(len(lines)), [drawable(name, 34) for name, *_ in lines])
+    left.set_ylim(len(lines) - 0.5, -0.5)
+    left.set_xlim(-3, 93)
+    left.set_xticks([0, 30, 60, 90])
+    largest = max([1.0, *(v for _, _, c, i in lines for v in (c, i) if v is not None)])
+    right.set_xlim(-0.03 * largest, 1.05 * largest)
+    frame(left, x="principal angle (degrees): 0 shared, 90 apart", title="What they write")
+    frame(right, x="share of the edits' own effects: 0 none", title="What they do to each other")
+    right.plot([], [], "D", color=VERMILLION, label="commutator: does the order matter")
+    right.plot([], [], "s", color=ORANGE, label="interaction: logits together − sum of both")
+    right.legend(
+        fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.28 - 0.5 / len(lines))
+    )
+    return figure

@@ -96,7 +96,7 @@ class Position:
             "use 'all', 'last', 'first(n)' or numbers from 0, or phase='prompt'"
         )
 
-    def __add__(self, other: Position | str | int | Sequence[int]) -> Position:
+    def __add__(self, other: Position | str | int | Sequence[Any]) -> Position:
         from reftlab.address.position_parser import parse_position
 
         return Union((*_terms(self), *_terms(parse_position(other))))

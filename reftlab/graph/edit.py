@@ -74,7 +74,7 @@ class Edit:
         name: str,
         *,
         at: str | SitePath,
-        positions: str | Position | int | Sequence[int] = "all",
+        positions: str | Position | int | Sequence[Any] = "all",
         intervention: Intervention,
         run: str = BASE,
         source: Read | None = None,

@@ -80,7 +80,7 @@ class Read:
     def __init__(
         self,
         at: str | SitePath | None = None,
-        positions: str | Position | int | Sequence[int] | None = None,
+        positions: str | Position | int | Sequence[Any] | None = None,
         *,
         run: str = BASE,
         name: str | None = None,
@@ -115,7 +115,7 @@ class Read:
         """The name of the result: `name`, or what was read."""
         return self.name or f"{self.at} @ {self.positions or 'all'}"
 
-    def with_positions(self, positions: str | Position | int | Sequence[int]) -> Read:
+    def with_positions(self, positions: str | Position | int | Sequence[Any]) -> Read:
         return replace_read(self, positions=positions)
 
     def __str__(self) -> str:

@@ -34,7 +34,7 @@ def catalog() -> dict[str, Any]:
         iv.Swap(), iv.Zero(), iv.Scale(0.3), iv.Add(values), iv.Add(), iv.Subtract(2.0), iv.Mean(values),
         iv.Noise(0.5, seed=3), iv.Clamp(-0.5, 0.5),
         iv.RotatedSwap(), iv.RotatedSwap(2), iv.BoundlessSwap(5.0, 0.5, sparsity=0.3),
-        iv.MaskedSwap(), iv.MaskedSwap(True, temperature_start=2.0, sparsity=0.2),
+        iv.MaskedSwap(), iv.MaskedSwap(True, temperature_start=2.0, temperature_end=0.02, sparsity=0.2),
         iv.PCASwap(rotation(3)), iv.PCASwap(rotation(3), mean=values, scale=values),
         autoencoder(), autoencoder(threshold=False, center=False),
         iv.SAEEdit(autoencoder(), set={1: 4.0, 7: -1.0}, scale={2: 3.0}, ablate=[3], swap=[0, 8]),

@@ -35,10 +35,16 @@ from reftlab import (
     Subtract,
     Swap,
     Zero,
+    cosine,
+    gate,
+    norm,
+    projection,
 )
+from reftlab.errors import InterventionError
 from reftlab.interventions import Intervention
 from reftlab.runtime import BoundModel
 from reftlab.runtime.saving import load
+from tests.interventions.catalog import CATALOG
 
 WIDTH, HEAD = 24, 6
 WORDS = [
@@ -171,7 +177,41 @@ def _cases() -> dict[str, InterventionGraph]:
     return cases
 
 
-CASES = _cases()
+def _catalogued() -> dict[str, InterventionGraph]:
+    """Every intervention there is, on six features."""
+    cases = {}
+    for number, made in enumerate(CATALOG.values()):
+        try:
+            made.check_source(False)
+            source = {}
+        except InterventionError:
+            source = {"source": Read(run="other")}
+        cases[f"catalogue {number}"] = one(made, features=slice(0, 6), **source)
+    return cases
+
+
+def _language() -> dict[str, InterventionGraph]:
+    """Conditions, tasks, joined tokens and shared interventions."""
+    similar = cosine("blocks[0].output @ last", "blocks[0].output @ first") > -2.0
+    loud = (norm("blocks[0].output") > 0.1) | ~(projection("blocks[0].output", _vector(WIDTH)) <= 0.2)
+    return {
+        "condition": one(LoReFT(rank=2), when=similar, positions="last(2)"),
+        "conditions": one(LoReFT(rank=2), when=similar & loud, positions="all", phase="both"),
+        "gate": one(LoReFT(rank=2), when=gate("blocks[0].output", sparsity=0.2), positions="all"),
+        "joined": one(LoReFT(rank=2), positions="joined(last(2))"),
+        "generated": one(LoReFT(rank=2), positions="generated(1:3)"),
+        "rows": one(LoReFT(rank=2), positions=[[0], [1, 2], []]),
+        "tasks": one(LoReFT(rank=4), tasks={"a": [0, 1], "b": [3]}),
+        "subspace": one(LoReFT(rank=4), subspace=[0, 2], share="word"),
+        "shared": one(LoReFT(rank=2), at="blocks[*].output", share="one"),
+        "base inputs": InterventionGraph(
+            Source("again", inputs="base", grad=True),
+            Edit("edit", at="blocks[1].output", positions="last", intervention=Swap(), source=Read(positions="first", run="again")),
+        ),
+    }  # fmt: skip
+
+
+CASES = _cases() | _catalogued() | _language()
 
 
 def randomise(bound: BoundModel, seed: int = 0) -> BoundModel:
@@ -190,7 +230,8 @@ def logits_of(bound: BoundModel, tokenizer: PreTrainedTokenizerFast) -> Tensor:
     ids = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     other = tokenizer(OTHERS, return_tensors="pt", padding=True)
     inputs = {"input_ids": other["input_ids"], "attention_mask": other["attention_mask"]}
-    sources = dict.fromkeys(bound.graph.sources, inputs) or None
+    own = [node.name for node in bound.graph if isinstance(node, Source) and node.inputs is None]
+    sources = dict.fromkeys(own, inputs) or None
     made = bound.generate(
         **ids,
         sources=sources,

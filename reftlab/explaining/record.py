@@ -24,7 +24,7 @@ __all__ = ["Recorded", "record"]
 
 
 class _Recording:
-    """What every edit was given and made, over several calls; `see` is a `runtime.run.Observer`."""
+    """What every edit was given and made, over several calls; `see` is a `runtime.editing.Observer`."""
 
     def __init__(self) -> None:
         self.first_row = 0

@@ -15,11 +15,12 @@ from reftlab.graph import BASE, InterventionGraph, Read
 from reftlab.runtime.bind import bind_nodes, bind_reads
 from reftlab.runtime.build import Interventions, built_for, device_of, gate_keys
 from reftlab.runtime.calls import Calls, Layouts, past_length
+from reftlab.runtime.editing import Observer
 from reftlab.runtime.hooks import StopForward, turn_of
 from reftlab.runtime.options import Options
 from reftlab.runtime.places import BoundEdit, BoundRead
 from reftlab.runtime.reading import Reading, ReadValues
-from reftlab.runtime.run import Observer, Run
+from reftlab.runtime.run import Run
 from reftlab.runtime.sources import Sources
 from reftlab.runtime.supply import Supply
 from reftlab.runtime.window import Layout
@@ -295,7 +296,7 @@ class BoundModel(nn.Module):
 
     @contextlib.contextmanager
     def watching(self, see: Observer) -> Iterator[BoundModel]:
-        """Show `see` what every edit does inside a `with` block; see `reftlab.runtime.run.Observer`."""
+        """Show `see` what every edit does inside a `with` block; see `reftlab.runtime.editing.Observer`."""
         before = self._observers
         self._observers = (*before, see)
         try:

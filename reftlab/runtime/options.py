@@ -192,7 +192,8 @@ def _subspaces(given: Any, edits: Mapping[str, Edit]) -> dict[str, tuple[Directi
         intervention = edits[_named("subspace", name, edits)].intervention
         if intervention.takes_subspace == "no":
             raise RunError(
-                f"subspace: edit {name!r} is a {type(intervention).__name__}, which has no directions to choose from"
+                f"subspace: edit {name!r} is a {type(intervention).__name__}, which has no directions to "
+                "choose from"
             )
         rows = value if isinstance(value, list | tuple) and _nested(value) else [value]
         found[name] = tuple(_numbers(f"subspace[{name!r}]", row) for row in rows)

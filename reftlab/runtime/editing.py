@@ -1,0 +1,178 @@
+"""Carrying out an edit on the tensor of its site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reftlab.errors import InterventionError, RunError
+from reftlab.interventions import Intervention
+from reftlab.runtime.build import gate_keys
+from reftlab.runtime.choose import Chooser, Chosen, Frame
+from reftlab.runtime.options import Options
+from reftlab.runtime.places import BoundEdit, BoundRead
+from reftlab.runtime.supply import Supply, aligned, row_means
+from reftlab.runtime.window import Selection
+
+__all__ = ["Editor", "Observer", "gathered"]
+
+Observer = Callable[[BoundEdit, Selection, Tensor, Tensor, Tensor | None], None]
+"""Is shown, after each edit, the edit, one token for each vector, and `(n, width)` old, new and source."""
+
+
+class Editor:
+    """Gathers an edit's vectors, changes them, and puts them back.
+
+    Args:
+        interventions: built interventions by `BoundEdit.module`, and gates by `gate_keys`.
+        chooser: which tokens, see `Chooser`.
+        options: what this call says of its edits.
+        supplies: what has been read so far, by `BoundRead.label`.
+        observers: who is shown what every edit does.
+    """
+
+    def __init__(
+        self,
+        interventions: nn.ModuleDict,
+        chooser: Chooser,
+        options: Options,
+        supplies: Mapping[str, Supply],
+        observers: tuple[Observer, ...],
+    ) -> None:
+        self._interventions, self._chooser, self._options = interventions, chooser, options
+        self._supplies, self._observers = supplies, observers
+
+    def edit(self, node: BoundEdit, tensor: Tensor, chosen: Chosen, frame: Frame) -> Tensor | None:
+        """The site's tensor with the chosen vectors edited, or None where the edit acts on none."""
+        counts = None
+        if node.place.stream != "calls":
+            whole = self._chooser.selection(node, frame.layout).counts(frame.layout.rows)
+            counts = [count // chosen.joins for count in whole]
+        source = self._source(node, chosen, counts, frame)
+        acts, share = self._acting(node, chosen, counts, frame)
+        if acts is not None:
+            if not bool(acts.any()):
+                return None
+            chosen = chosen.where(acts)
+            source = None if source is None else source[acts.to(source.device)]
+            share = share if not isinstance(share, Tensor) else share[acts.to(share.device)]
+        index = node.place.features(tensor.shape[-1])
+        base = gathered(tensor, chosen, frame, index)
+        rows = chosen.vectors.rows // frame.group
+        factor = self._options.factor(node.edit, rows)
+        if isinstance(share, Tensor):
+            factor = share[:, None] * (factor.to(share) if isinstance(factor, Tensor) else factor)
+        new = self._changed(node, base, source, chosen.vectors, rows, factor)
+        where = _where(chosen.tokens, frame, tensor)
+        values = new.reshape(len(chosen), -1).to(tensor.dtype)
+        if index is not None:
+            values = tensor[where].index_copy(1, index.to(tensor.device), values)
+        return tensor.index_put(where, values)
+
+    def _changed(
+        self,
+        node: BoundEdit,
+        given: Tensor,
+        source: Tensor | None,
+        tokens: Selection,
+        rows: Tensor,
+        factor: float | Tensor,
+    ) -> Tensor:
+        """The new vectors `(n, width)` for the vectors `given`."""
+        base = given.float()
+        built: Any = self._interventions[node.module]
+        subspace = self._options.directions(node.edit, rows, getattr(built, "directions", None))
+        source = None if source is None else source.to(base)
+        if source is not None and source.shape != base.shape:
+            raise RunError(
+                f"edit {node.key!r}: its source's vectors are {tuple(source.shape)}, its own "
+                f"{tuple(base.shape)}"
+            )
+        extra = {
+            "subspace": None if subspace is None else subspace.to(base.device),
+            "positions": tokens.numbers,
+            "rows": tokens.rows,
+        }
+        try:
+            new = (
+                built.edited(base, source, **extra)
+                if isinstance(built, Intervention)
+                else built(base, source)
+            )
+        except Exception as error:
+            error.add_note(f"in edit {node.key!r} at {node.site}")
+            raise
+        _check_new(new, base, node)
+        if isinstance(factor, Tensor) or factor != 1.0:
+            new = base + (factor.to(base) if isinstance(factor, Tensor) else factor) * (new - base)
+        for see in self._observers:
+            see(node, tokens, base, new, source)
+        return new
+
+    def _acting(
+        self, node: BoundEdit, chosen: Chosen, counts: list[int] | None, frame: Frame
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Which vectors the edit acts on, `(n,)` bool on the CPU, and the share of a soft condition."""
+        acts = self._options.rows_of(node.edit, chosen.vectors.rows // frame.group)
+        if node.edit.when is None:
+            return acts, None
+        vectors = {}
+        for read, bound in node.when.items():
+            supply = self._supply(node, bound)
+            vectors[read] = aligned(supply, node, bound, chosen, counts, frame, per_row=True)
+        gates = dict(
+            zip(node.edit.when.gates, map(self._interventions.__getitem__, gate_keys(node)), strict=True)
+        )
+        mask = node.edit.when.mask(vectors, gates)
+        if mask.dtype != torch.bool:
+            return acts, mask
+        mask = mask.cpu()
+        return mask if acts is None else acts & mask, None
+
+    def _source(
+        self, node: BoundEdit, chosen: Chosen, counts: list[int] | None, frame: Frame
+    ) -> Tensor | None:
+        """The source's vectors that belong to the chosen tokens, `(n, width)`."""
+        read = node.source
+        if read is None:
+            return None
+        supply = self._supply(node, read)
+        if getattr(self._interventions[node.module], "averages_source", False):
+            rows = chosen.vectors.rows
+            return row_means(supply, rows if supply.here else rows // frame.group)
+        return aligned(supply, node, read, chosen, counts, frame, per_row=False)
+
+    def _supply(self, node: BoundEdit, read: BoundRead) -> Supply:
+        if read.label not in self._supplies:
+            raise RunError(f"edit {node.key!r}: {read.site}, which it needs, was not reached before it")
+        return self._supplies[read.label]
+
+
+def _where(tokens: Selection, frame: Frame, tensor: Tensor) -> tuple[Tensor, ...]:
+    rows = tokens.rows.to(tensor.device)
+    if tensor.dim() == 2:
+        return (rows,)
+    return rows, (tokens.columns - frame.start).to(tensor.device)
+
+
+def gathered(tensor: Tensor, chosen: Chosen, frame: Frame, index: Tensor | None) -> Tensor:
+    """The chosen vectors `(n, width)`, those that are joined one after the other in one."""
+    whole = tensor[_where(chosen.tokens, frame, tensor)]
+    part = whole if index is None else whole[:, index.to(whole.device)]
+    return part if chosen.joins == 1 else part.reshape(len(part) // chosen.joins, -1)
+
+
+def _check_new(new: Any, base: Tensor, node: BoundEdit) -> None:
+    if not isinstance(new, Tensor) or new.shape != base.shape:
+        shape = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+        raise InterventionError(
+            f"edit {node.key!r}: the intervention returned {shape} for vectors of shape {tuple(base.shape)}"
+        )
+    if not new.is_floating_point() or new.device != base.device:
+        raise InterventionError(
+            f"edit {node.key!r}: the intervention returned {new.dtype} on {new.device} for vectors of "
+            f"{base.dtype} on {base.device}"
+        )

@@ -204,7 +204,7 @@ def write_basis(built: Any) -> Float[Tensor, "width r"] | None:
 class _Effects:
     """What each set of edits does to the logits after the prompt."""
 
-    def __init__(self, reft: BoundModel, inputs: Mapping[str, Tensor]) -> None:
+    def __init__(self, reft: BoundModel, inputs: Mapping[str, Any]) -> None:
         self.reft, self.inputs = reft, inputs
         head = head_name(reft.model)
         self._read = None if head is None else Read(f"{head}.output", "last", name="logits")
@@ -253,7 +253,7 @@ def _same_place(x: BoundEdit, y: BoundEdit) -> bool:
     return here == there and (x.width, x.edit.run, x.edit.view) == (y.width, y.edit.run, y.edit.view)
 
 
-def _measured(reft: BoundModel, x: BoundEdit, y: BoundEdit, inputs: Mapping[str, Tensor]) -> SharedPlace:
+def _measured(reft: BoundModel, x: BoundEdit, y: BoundEdit, inputs: Mapping[str, Any]) -> SharedPlace:
     built = [reft.interventions[bound.module] for bound in (x, y)]
     bases = [write_basis(module) for module in built]
     angles: tuple[float, ...] = ()
@@ -271,7 +271,7 @@ def _measured(reft: BoundModel, x: BoundEdit, y: BoundEdit, inputs: Mapping[str,
 
 
 def _commutator(
-    reft: BoundModel, x: BoundEdit, y: BoundEdit, inputs: Mapping[str, Tensor]
+    reft: BoundModel, x: BoundEdit, y: BoundEdit, inputs: Mapping[str, Any]
 ) -> tuple[float | None, int]:
     edits = (x.edit, y.edit)
     plain = all(e.phase != "decode" and e.source is None and e.positions == x.edit.positions for e in edits)

@@ -213,5 +213,6 @@ def removals(
 def _without(reft: BoundModel, key: str, out: Tensor | None) -> Iterator[None]:
     # An intervention that several places share is taken from all of them.
     module = next(bound.module for bound in reft.edits if bound.key == key)
-    with reft.replaced(module, _Without(reft.interventions[module], out).eval()):
+    inner: Any = reft.interventions[module]
+    with reft.replaced(module, _Without(inner, out).eval()):
         yield

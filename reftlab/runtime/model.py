@@ -189,46 +189,10 @@ class BoundModel(nn.Module):
         Returns:
             What the model's `generate` returns.
         """
-        if not hasattr(self.model, "generate"):
-            raise RunError(f"{type(self.model).__name__} has no generate")
+        from reftlab.runtime.generation import generate
+
         options = Options.of(self.graph, tasks, subspace, scale, select, positions)
-        named = dict(kwargs) if not args else {"input_ids": args[0], **kwargs}
-        if "inputs" in named:
-            named["input_ids"] = named.pop("inputs")
-        if not self._active_edits(options) and not sources and not reads:
-            layout = None if tasks is None else Layout.of(named, causal=False)
-            if layout is not None:
-                options.check_rows(layout.rows)
-            return self.model.generate(*args, **kwargs)
-        if named.get("guidance_scale", 1) not in (None, 1):
-            raise RunError(
-                f"guidance_scale={named['guidance_scale']}: classifier-free guidance runs the model on a "
-                "second prompt, of which the edits know nothing; leave it out"
-            )
-        if named.get("attention_mask") is None and isinstance(named.get("input_ids"), torch.Tensor):
-            named["attention_mask"] = self._calls.mask_of(named)
-        # A compiled decoding step would be traced once and keep the edits of its first token.
-        kwargs.setdefault("disable_compile", True)
-        layout = Layout.of(named, causal=False, open=True)
-        if layout is None and not self._calls.has_decoder:
-            raise RunError("generate needs input_ids or inputs_embeds, (row, token)")
-        with torch.no_grad():
-            supplies = Sources(self, options, named, sources, reads).supplies()
-            run, past = (
-                self._run(BASE, {"tokens": layout} if layout else {}, supplies, options),
-                past_length(named),
-            )
-            for bound in () if self._calls.knows_cache(named) else run.edits:
-                if run.starts_before(bound, past):
-                    raise RunError(
-                        f"edit {bound.key!r} acts on tokens that past_key_values hold already, and this "
-                        "bound "
-                        "model did not make them; generate without past_key_values"
-                    )
-            output = self._call(run, self.model.generate, args, kwargs)
-        if past == 0:
-            run.check_generated()
-        return output
+        return generate(self, options, sources, reads, args, kwargs)
 
     def read(
         self,

@@ -85,7 +85,12 @@ _CONVOLVING = (
 
 
 def axes_of(
-    shape: tuple[int, ...], module: nn.Module, rows: int | None, tokens: Mapping[Stream, int], calls: int
+    shape: tuple[int, ...],
+    module: nn.Module,
+    rows: int | None,
+    tokens: Mapping[Stream, int],
+    calls: int,
+    name: str = "",
 ) -> tuple[Axes, Stream] | None:
     """Work out a site's axes from its shape in the example pass; None where they make no sense.
 
@@ -95,11 +100,13 @@ def axes_of(
         rows: the example's number of rows, or None where it is not known.
         tokens: the example's numbers of tokens by stream.
         calls: how often the module ran.
+        name: the module's path, which tells encoder from decoder where their tokens are as many.
     """
     rows = shape[0] if rows is None and shape else rows
 
     def stream(size: int) -> Stream:
-        return next((name for name, count in tokens.items() if count == size), "own")
+        found = [stream for stream, count in tokens.items() if count == size]
+        return "own" if not found else found[-1 if "decoder" in name.split(".") else 0]
 
     if len(shape) == 2 and calls > 1 and shape[0] == rows:
         return ROWS, "calls"

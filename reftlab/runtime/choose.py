@@ -93,6 +93,7 @@ class Chooser:
         self.frames = {name: Frame(layout, layout.rows, 0, layout.width) for name, layout in layouts.items()}
         self._selections: dict[tuple[Position, Phase, int], tuple[Selection, Layout]] = {}
         self._everything: dict[tuple[int, int], Frame] = {}
+        self._chosen: dict[tuple[Position, Phase, int, int, int, int], Chosen] = {}
 
     @property
     def rows(self) -> int | None:
@@ -111,6 +112,7 @@ class Chooser:
                 ids=None if decoder.ids is None else decoder.ids[::group],
             )
             self.frames["decoder"] = Frame(decoder, decoder.rows, 0, decoder.width)
+        self._chosen.clear()
         for stream, (rows, start, stop) in windows.items():
             if stream in self.frames:
                 self.frames[stream] = Frame(self.frames[stream].layout, rows, start, stop)
@@ -152,6 +154,13 @@ class Chooser:
             grown = frame.layout.select_grown(position, frame.rows, frame.start, frame.stop)
             before = len(position.select_generated(frame.start))
             return Chosen(grown, torch.full_like(grown.rows, before), position.joins)
+        # Shared by all nodes of the same positions: thirty edits of the last token look it up once.
+        key = (position, phase, id(frame.layout), frame.rows, frame.start, frame.stop)
+        if key not in self._chosen:
+            self._chosen[key] = self._find(node, position, phase, frame)
+        return self._chosen[key]
+
+    def _find(self, node: BoundEdit | BoundRead, position: Position, phase: Phase, frame: Frame) -> Chosen:
         tokens = self.selection(node, frame.layout)
         inside = (tokens.columns >= frame.start) & (tokens.columns < frame.stop)
         counts = torch.tensor([0, *tokens.counts(frame.layout.rows)])
@@ -172,7 +181,6 @@ class Chooser:
     def selection(self, node: BoundEdit | BoundRead, layout: Layout) -> Selection:
         """All the tokens of the layout that a node chooses."""
         position, phase = self.position(node), node.phase
-        # Shared by all nodes of the same positions: thirty edits of the last token look it up once.
         key = (position, phase, id(layout))
         if key not in self._selections:
             try:

@@ -47,10 +47,8 @@ class Editor:
 
     def edit(self, node: BoundEdit, tensor: Tensor, chosen: Chosen, frame: Frame) -> Tensor | None:
         """The site's tensor with the chosen vectors edited, or None where the edit acts on none."""
-        counts = None
-        if node.place.stream != "calls":
-            whole = self._chooser.selection(node, frame.layout).counts(frame.layout.rows)
-            counts = [count // chosen.joins for count in whole]
+        self._options.check_rows(frame.layout.rows)
+        counts = self._counts(node, chosen, frame) if node.reads else None
         source = self._source(node, chosen, counts, frame)
         acts, share = self._acting(node, chosen, counts, frame)
         if acts is not None:
@@ -71,6 +69,13 @@ class Editor:
         if index is not None:
             values = tensor[where].index_copy(1, index.to(tensor.device), values)
         return tensor.index_put(where, values)
+
+    def _counts(self, node: BoundEdit, chosen: Chosen, frame: Frame) -> list[int] | None:
+        """How many vectors the edit changes in each row, over all passes; None where that is not known."""
+        if node.place.stream == "calls":
+            return None
+        whole = self._chooser.selection(node, frame.layout).counts(frame.layout.rows)
+        return [count // chosen.joins for count in whole]
 
     def _changed(
         self,

@@ -78,7 +78,7 @@ def scan(model: nn.Module, sites: Iterable[Site], example: Any = None) -> dict[S
     rows, tokens = _sizes(args, kwargs)
     for site, fact in facts.items():
         module = model.get_submodule(site.module)
-        found = axes_of(fact.shape, module, rows, tokens, fact.calls)
+        found = axes_of(fact.shape, module, rows, tokens, fact.calls, site.module)
         if site.side in ATTENTION_SIDES and len(fact.shape) == 4:
             count = (name for name, size in tokens.items() if size == fact.shape[2])
             found = ATTENTION, next(count, "own")

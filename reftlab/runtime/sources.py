@@ -9,6 +9,7 @@ import torch
 
 from reftlab.errors import RunError, did_you_mean
 from reftlab.graph import BASE, Source
+from reftlab.runtime.calls import past_length
 from reftlab.runtime.options import Options
 from reftlab.runtime.places import BoundEdit, BoundRead
 from reftlab.runtime.supply import Supply, given
@@ -84,6 +85,12 @@ class Sources:
         seen, run = [name], name
         while run not in self._inputs:
             shared = self._nodes[run].inputs if run != BASE else None
+            if run == BASE and past_length(self.named):
+                raise RunError(
+                    f"run {name!r} takes the inputs of the base run, and this call continues a cache, so "
+                    "that it "
+                    f"has only a part of them; give it its own, sources={{{name!r}: tokenizer(...)}}"
+                )
             if run == BASE:
                 return self.bound._calls.forward_inputs(self.named)
             if shared is None or shared in seen:

@@ -25,9 +25,7 @@ def swap(at: str = "blocks[1].output", positions: str = "last", **read: Any) -> 
 
 def swapped_by_hand(model: Any, batch: dict[str, Tensor], vectors: Tensor, block: int = 1) -> Tensor:
     columns = columns_by_hand(batch["attention_mask"], lambda real: real[-1:])
-    with plain_edit(
-        raw_blocks(model)[block], batch["attention_mask"], columns, lambda h, s, n: s, vectors
-    ):
+    with plain_edit(raw_blocks(model)[block], batch["attention_mask"], columns, lambda h, s, n: s, vectors):
         return model(**batch).logits
 
 
@@ -65,7 +63,8 @@ def test_given_tensors_take_the_place_of_a_run(any_model: Any) -> None:
     several = swap(positions="last(2)").bind(any_model)
     flat = torch.randn(6, vectors.shape[1])
     assert_close(
-        several(**batch, reads={"swap": flat}).logits, several(**batch, reads={"swap": flat.reshape(3, 2, -1)}).logits
+        several(**batch, reads={"swap": flat}).logits,
+        several(**batch, reads={"swap": flat.reshape(3, 2, -1)}).logits,
     )
 
 
@@ -111,7 +110,13 @@ def test_gradients_flow_through_a_source_only_when_asked(llama: Any) -> None:
         graph = rl.InterventionGraph(
             rl.Source("other", grad=grad),
             rl.Edit("learn", at="blocks[0].output", run="other", intervention=rl.LoReFT(rank=2)),
-            rl.Edit("swap", at="blocks[1].output", positions="last", intervention=rl.Swap(), source=rl.Read(run="other")),
+            rl.Edit(
+                "swap",
+                at="blocks[1].output",
+                positions="last",
+                intervention=rl.Swap(),
+                source=rl.Read(run="other"),
+            ),
         )
         reft = graph.bind(llama).requires_grad_(False)
         reft.interventions.requires_grad_(True)
@@ -124,7 +129,9 @@ def test_gradients_flow_through_a_source_only_when_asked(llama: Any) -> None:
 
 @torch.no_grad()
 @sides
-def test_direct_path_patching_from_one_head_to_anothers_queries_is_a_plain_graph(llama: Any, side: str) -> None:
+def test_direct_path_patching_from_one_head_to_anothers_queries_is_a_plain_graph(
+    llama: Any, side: str
+) -> None:
     """Sender: head 1 of layer 0 at every token, from the corrupt run. Receiver: queries of head 2 in layer 2.
 
     In the run `path` the sender is corrupt and every other head and every MLP between is held as
@@ -155,7 +162,9 @@ def test_direct_path_patching_from_one_head_to_anothers_queries_is_a_plain_graph
         handle = (
             module.register_forward_pre_hook(lambda m, a: kept.append(a[0]))
             if side == "input"
-            else module.register_forward_hook(lambda m, a, o: kept.append(o if isinstance(o, Tensor) else o[0]))
+            else module.register_forward_hook(
+                lambda m, a, o: kept.append(o if isinstance(o, Tensor) else o[0])
+            )
         )
         llama(**inputs)
         handle.remove()
@@ -183,3 +192,18 @@ def test_direct_path_patching_from_one_head_to_anothers_queries_is_a_plain_graph
     got = graph.bind(llama)(**batch, sources={"corrupt": corrupt}).logits
     assert_close(got[real], expected[real], 1e-4)
     assert (expected - llama(**batch).logits)[real].abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_a_source_on_the_bases_inputs_is_refused_where_the_base_continues_a_cache(llama: Any) -> None:
+    batch = batch_of((5, 5))
+    graph = rl.InterventionGraph(
+        rl.Source("clean", inputs="base"),
+        rl.Edit(
+            "e", at="blocks[1].output", positions="last", intervention=rl.Swap(), source=rl.Read(run="clean")
+        ),
+    )
+    reft = graph.bind(llama)
+    cache = reft(**batch, use_cache=True).past_key_values
+    with pytest.raises(rl.RunError, match="continues a cache"):
+        reft(input_ids=batch["input_ids"][:, :1], past_key_values=cache)

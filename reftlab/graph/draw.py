@@ -10,7 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from reftlab.graph.edit import Edit
-from reftlab.graph.layout import LINE, Mark, Measure, Sheet, lay_out, shown
+from reftlab.graph.layout import LINE, Mark, Measure, Sheet, condition_reads, lay_out, shown
 from reftlab.graph.nodes import BASE, Read
 from reftlab.plotting.style import BLACK, BLUE, FONT, GREEN, ORANGE, PURPLE, VERMILLION, InlineFigure
 
@@ -26,9 +26,14 @@ _STYLES = {
     "edit decode": (">", ORANGE, "edit, on generated tokens"),
     "edit both": ("p", PURPLE, "edit, on prompt and generated tokens"),
     "supply": ("D", GREEN, "read that supplies an edit"),
+    "condition": ("d", BLACK, "read that a condition looks at"),
     "read": ("o", BLUE, "read"),
 }
 _FLOW, _INK, _GREY, _LANES = GREEN, BLACK, "#5F5F5F", ("#F3F3F3", "#E6F0F7")
+_ARROWS: dict[str, dict[str, Any]] = {
+    "flow": {"arrowstyle": "-|>", "color": _FLOW},
+    "when": {"arrowstyle": "-|>", "color": _GREY, "linestyle": (0, (3, 2))},
+}
 _DPI, _MOST_PIXELS = 144, 20000
 
 Placed = dict[str, tuple[Mark, float]]
@@ -45,7 +50,8 @@ def draw_graph(graph: InterventionGraph, layers: int | None = None) -> Figure:
 
     Returns:
         A figure of its own, not one of pyplot's; each node's marks carry the gid `edit:name`,
-        `read:label` or `supply:edit`, its arrows `flow:edit`, each lane `lane:run`.
+        `read:label`, `supply:edit` or `condition:number`, its arrows `flow:edit` where values
+        flow and `when:edit` where a condition decides, each lane `lane:run`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -59,7 +65,10 @@ def draw_graph(graph: InterventionGraph, layers: int | None = None) -> Figure:
         y = _draw_lane(axes, sheet, run, marks, y, placed)
     for edit in graph.edits:
         if edit.source is not None:
-            _draw_flow(axes, placed[f"supply:{edit.name}"], placed[f"edit:{edit.name}"])
+            _draw_arrows(axes, placed[f"supply:{edit.name}"], placed[f"edit:{edit.name}"], "flow")
+    for number, edits in enumerate(condition_reads(graph).values()):
+        for edit in edits:
+            _draw_arrows(axes, placed[f"condition:{number}"], placed[f"edit:{edit.name}"], "when")
     y = _draw_axis(axes, sheet, y)
     y = _draw_legend(axes, sheet, [mark for mark, _ in placed.values()], y)
     axes.set_xlim(0, sheet.width)
@@ -138,8 +147,8 @@ def _draw_mark(axes: Any, sheet: Sheet, mark: Mark, y: float, lane: str) -> None
             y += sheet.size * LINE / 72
 
 
-def _draw_flow(axes: Any, read: tuple[Mark, float], edit: tuple[Mark, float]) -> None:
-    """Arrows from a source's marks to the edit's, one for each pair of places."""
+def _draw_arrows(axes: Any, read: tuple[Mark, float], edit: tuple[Mark, float], kind: str) -> None:
+    """Arrows from a read's marks to the edit's, one for each pair of places."""
     from matplotlib.patches import FancyArrowPatch
 
     (supply, top), (mark, bottom) = read, edit
@@ -150,10 +159,10 @@ def _draw_flow(axes: Any, read: tuple[Mark, float], edit: tuple[Mark, float]) ->
         # Upright arrows bow to the left, past other marks of their column; the rest bow upwards.
         bow = 0.07 if abs(end - start) < 0.2 else -0.08
         arrow = FancyArrowPatch(
-            (start, top), (end, bottom), arrowstyle="-|>", mutation_scale=9, shrinkA=4, shrinkB=4.5, lw=1.0,
-            color=_FLOW, alpha=0.85, connectionstyle=f"arc3,rad={bow}", zorder=2.5,
+            (start, top), (end, bottom), mutation_scale=9, shrinkA=4, shrinkB=4.5, lw=1.0, alpha=0.85,
+            connectionstyle=f"arc3,rad={bow}", zorder=2.5, **_ARROWS[kind],
         )  # fmt: skip
-        arrow.set_gid(f"flow:{mark.gid.removeprefix('edit:')}")
+        arrow.set_gid(f"{kind}:{mark.gid.removeprefix('edit:')}")
         axes.add_patch(arrow)
 
 
@@ -188,6 +197,8 @@ def _draw_legend(axes: Any, sheet: Sheet, marks: list[Mark], y: float) -> float:
     entries = [(key, _STYLES[key][2]) for key in keys]
     if "supply" in keys:
         entries.append(("flow", "values flow"))
+    if "condition" in keys:
+        entries.append(("when", "decides whether the edit acts"))
     if any(len(mark.x) > 1 and not mark.band for mark in marks):
         entries.append(("joined", "joined marks: one node at several sites"))
     if any(mark.band for mark in marks):
@@ -204,8 +215,8 @@ def _draw_legend(axes: Any, sheet: Sheet, marks: list[Mark], y: float) -> float:
 
 
 def _draw_key(axes: Any, key: str, x: float, y: float) -> None:
-    if key == "flow":
-        style = {"arrowstyle": "-|>", "color": _FLOW, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 9}
+    if key in _ARROWS:
+        style = {**_ARROWS[key], "shrinkA": 0, "shrinkB": 0, "mutation_scale": 9}
         axes.annotate("", (x + 0.11, y), (x - 0.11, y), arrowprops=style)
     elif key == "joined":
         axes.plot([x - 0.1, x + 0.1], [y, y], "s-", ms=4, lw=1.2, color=_GREY)
@@ -227,8 +238,8 @@ def _text(axes: Any, x: float, y: float, text: str, size: float, halo: str | Non
 
 def graph_html(graph: InterventionGraph) -> str:
     """A graph as HTML: a table of its nodes, and its picture."""
-    titles = ("run", "node", "site", "positions", "intervention", "source")
-    rows = [_row([run, f"source {run}", "", "", "", ""]) for run in graph.sources]
+    titles = ("run", "node", "site", "positions", "intervention", "source", "when", "tasks", "shared as")
+    rows = [_row([run, f"source {run}", *[""] * (len(titles) - 2)]) for run in graph.sources]
     rows += [_row(_cells(node)) for node in graph.nodes if isinstance(node, Edit | Read)]
     picture = io.BytesIO()
     figure = draw_graph(graph)
@@ -245,13 +256,18 @@ def graph_html(graph: InterventionGraph) -> str:
 def _cells(node: Edit | Read) -> list[str]:
     site = str(node.at) + ("" if node.view.whole else f" ({node.view})")
     if isinstance(node, Read):
-        return [node.run, f"read {node.label}", site, str(node.positions or "all"), "", ""]
+        return [node.run, f"read {node.label}", site, str(node.positions or "all"), *[""] * 5]
     positions = str(node.positions) + ("" if node.phase == "prompt" else f", phase {node.phase}")
     does = node.intervention.describe() + (f" at strength {node.strength:g}" if node.strength != 1.0 else "")
+    does += "" if node.subspace is None else f" in directions {list(node.subspace)}"
     formula = node.intervention.formula
     read = node.source_read
     source = "" if read is None else f"{read.at} @ {read.positions} of run {read.run}"
-    return [node.run, f"edit {node.name}", site, positions, f"{does}: {formula}" if formula else does, source]
+    does = f"{does}: {formula}" if formula else does
+    when = "" if node.when is None else repr(node.when)
+    chosen = [name if d is None else f"{name} in {list(d)}" for name, d in node.tasks]
+    where = [node.run, f"edit {node.name}", site, positions]
+    return [*where, does, source, when, ", ".join(chosen), node.share or ""]
 
 
 def _row(cells: Iterable[str], tag: str = "td") -> str:

@@ -20,7 +20,7 @@ from reftlab.plotting.style import with_glyphs
 if TYPE_CHECKING:
     from reftlab.graph.graph import InterventionGraph
 
-__all__ = ["LINE", "Layout", "Mark", "Measure", "Sheet", "lay_out", "shown"]
+__all__ = ["LINE", "Layout", "Mark", "Measure", "Sheet", "condition_reads", "lay_out", "shown"]
 
 LINE = 1.42
 """The font, and the height of a line in units of its size."""
@@ -38,7 +38,8 @@ class Mark:
     """A node as it is drawn.
 
     Attributes:
-        gid: `edit:name`, `read:label` or `supply:edit`.
+        gid: `edit:name`, `read:label`, `supply:edit`, or `condition:number` for a read that conditions
+            look at, numbered as `condition_reads` has them.
         style: kind of mark.
         run: its lane.
         columns: the places that it names, or the first and the last one of a band.
@@ -165,36 +166,72 @@ def _try(
 
 def _paths(graph: InterventionGraph) -> Iterator[SitePath]:
     for node in graph.nodes:
-        nodes = (node, node.source_read) if isinstance(node, Edit) else (node,)
+        nodes = (node, *node.reads) if isinstance(node, Edit) else (node,)
         yield from (n.at for n in nodes if isinstance(n, Edit | Read) and n.at is not None)
 
 
+def condition_reads(graph: InterventionGraph) -> dict[Read, list[Edit]]:
+    """Every read that a condition looks at, once, with the edits whose conditions do."""
+    found: dict[Read, list[Edit]] = {}
+    for edit in graph.edits:
+        for read in () if edit.when is None else edit.when.reads:
+            found.setdefault(read, []).append(edit)
+    return found
+
+
 def _marks(graph: InterventionGraph, layers: int | None, detail: int) -> Iterator[Mark]:
+    conditions = condition_reads(graph)
+    for number, (read, edits) in enumerate(conditions.items()):
+        who = " and ".join(edit.name for edit in edits) if len(edits) < 3 else f"{len(edits)} edits"
+        title = shown(f"{read.name + ' ' if read.name else ''}if → {who}", _LETTERS[detail])
+        yield _mark(f"condition:{number}", "condition", read, title, layers, detail)
     for node in graph.nodes:
         if isinstance(node, Edit):
             style = "edit" if node.phase == "prompt" else f"edit {node.phase}"
             does = node.intervention.describe()
             does += "" if node.strength == 1.0 else f" · strength {node.strength:g}"
-            yield _mark(f"edit:{node.name}", style, node, node.name, layers, detail, does)
-            read = node.source_read
-            if read is not None:
-                title = f"{read.name} → {node.name}" if read.name else f"→ {node.name}"
-                yield _mark(f"supply:{node.name}", "supply", read, title, layers, detail)
+            does += "" if node.subspace is None else f" · directions {list(node.subspace)}"
+            further = (does, *_terms(node))
+            yield _mark(f"edit:{node.name}", style, node, node.name, layers, detail, further)
+            source = node.source_read
+            if source is not None:
+                title = f"{source.name} → {node.name}" if source.name else f"→ {node.name}"
+                yield _mark(f"supply:{node.name}", "supply", source, title, layers, detail)
         elif isinstance(node, Read):
             yield _mark(f"read:{node.label}", "read", node, node.name or "", layers, detail)
 
 
+def _terms(edit: Edit) -> Iterator[str]:
+    """When an edit acts, and with whom it shares its numbers, each a line."""
+    if edit.when is not None:
+        yield f"if {edit.when!r}"
+    if edit.tasks:
+        yield f"{'task' if len(edit.tasks) == 1 else 'tasks'} {', '.join(edit.task_names)}"
+    if edit.share is not None:
+        yield f"shared as {edit.share}"
+
+
 def _mark(
-    gid: str, style: str, node: Edit | Read, title: str, layers: int | None, detail: int, does: str = ""
+    gid: str,
+    style: str,
+    node: Edit | Read,
+    title: str,
+    layers: int | None,
+    detail: int,
+    further: tuple[str, ...] = (),
 ) -> Mark:
     assert node.at is not None
     depth, limit = depth_of(node.at, layers), _LETTERS[detail]
     view = "" if node.view.whole else f" ({node.view})"
     site = shown((str(node.at) if detail == _FULL else depth.tail) + view, limit)
-    positions = shown(f"@ {node.positions or 'all'}", limit)
-    where = (site, positions, shown(does, limit)) if detail == _FULL else (f"{site} {positions}",)
+    own = "the edit's tokens" if style == "condition" else "all"
+    positions = shown(f"@ {node.positions or own}", limit)
+    lines = tuple(shown(line, limit) for line in further)
+    # What says when an edit acts is worth its line longer than what it does.
+    where = (site, positions, *lines) if detail == _FULL else (f"{site} {positions}", *lines[1:])
+    where = where if detail != _BRIEF else where[:1]
     label = tuple(line for line in (title, *where) if line)
-    fed = isinstance(node, Edit) and node.source is not None
+    fed = isinstance(node, Edit) and (node.source is not None or node.when is not None)
     return Mark(gid, style, node.run, depth.columns, depth.band, depth.inside, label, fed)
 
 
@@ -233,7 +270,7 @@ def _beside(sheet: Sheet, mark: Mark) -> Mark:
     wide, edge, x = sheet.text_width(mark), sheet.width - 0.3, mark.x[0]
     behind, before = x + 0.12 + wide <= edge, x - 0.12 - wide >= 0.2
     # Values flow from left to right, and an arrow should not cross the labels at its own ends.
-    if mark.style == "supply":
+    if mark.style in ("supply", "condition"):
         behind = behind and not before
     elif mark.fed:
         before = False

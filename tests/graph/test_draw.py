@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import html
 import re
 import warnings
 from collections import Counter
@@ -8,6 +9,7 @@ from itertools import combinations
 import matplotlib
 import pytest
 
+import reftlab as rl
 from reftlab import Add, Edit, InterventionGraph, LoReFT, Read, Source, Swap
 from reftlab.address import parse_path
 from reftlab.graph.depth import DepthAxis, depth_of
@@ -68,7 +70,48 @@ def nested():
     )
 
 
+def conditional():
+    return InterventionGraph(
+        Source("corrupt"),
+        edit(
+            "gated",
+            "blocks[6].output",
+            when=(rl.cosine("blocks[4].output @ last", "blocks[2].output @ first") > 0.8)
+            & ~(rl.norm("blocks[6].output") > 3),
+        ),
+        edit(
+            "soft", "blocks[8,9].output", when=rl.gate(Read("blocks[4].output @ last")), tasks=["tone", "x"]
+        ),
+        edit(
+            "swap",
+            "blocks[9].output",
+            "last",
+            Swap(),
+            source=Read(run="corrupt"),
+            when=rl.norm(Read("blocks[3].output @ last", run="corrupt", name="far")) < 2,
+        ),
+        edit("a", "blocks[11].output", share="both", tasks={"tone": [0, 1], "x": [2]}),
+        edit("b", "blocks[12].mlp.output", share="both", subspace=[0, 2]),
+    )
+
+
+def crowded():
+    return InterventionGraph(
+        *[
+            edit(
+                f"edit_{i}",
+                f"blocks[{i}].output",
+                when=rl.cosine("embed.output @ last", f"blocks[{i // 2}].mlp.output @ last") > 0.25,
+                tasks=["emoji", "formal"],
+            )
+            for i in range(20)
+        ]
+    )
+
+
 GRAPHS = {
+    "conditional": conditional(),
+    "crowded": crowded(),
     "none": InterventionGraph(),
     "one": InterventionGraph(edit("emoji", "model.layers[15].output")),
     "list": InterventionGraph(edit("emoji", "blocks[4,10,16,22].output")),
@@ -110,6 +153,9 @@ def test_drawn_nodes_and_lanes_are_those_of_the_graph(graph):
     found = gids(draw_graph(graph))
     expected = {f"edit:{e.name}" for e in graph.edits} | {f"read:{r.label}" for r in graph.reads}
     expected |= {f"{kind}:{e.name}" for e in graph.edits if e.source for kind in ("supply", "flow")}
+    expected |= {f"when:{e.name}" for e in graph.edits if e.when is not None}
+    looked_at = {read for e in graph.edits if e.when is not None for read in e.when.reads}
+    expected |= {f"condition:{number}" for number in range(len(looked_at))}
     expected |= {f"lane:{run}" for run in graph.run_order}
     assert set(found) == expected
     assert all(found[f"lane:{run}"] == 1 for run in graph.run_order)
@@ -165,6 +211,41 @@ def test_the_axis_says_what_it_is_and_the_legend_explains_what_occurs():
     ):
         assert entry in written
     assert not any("prompt and generated" in text for text in written)
+
+
+def test_conditions_are_drawn_as_the_reads_they_look_at_with_dashed_arrows_and_written_out():
+    figure = draw_graph(conditional())
+    found = gids(figure)
+    # Two edits look at the last token of block 4, which is drawn once.
+    assert {gid: n for gid, n in found.items() if gid.startswith("condition:")} == {
+        "condition:0": 1, "condition:1": 1, "condition:2": 1, "condition:3": 1,
+    }  # fmt: skip
+    assert {gid: n for gid, n in found.items() if gid.startswith("when:")} == {
+        "when:gated": 3, "when:soft": 2, "when:swap": 1,
+    }  # fmt: skip
+    dashed = {a.get_gid() for a in figure.axes[0].patches if a.get_linestyle() not in ("solid", "-")}
+    assert dashed == {"when:gated", "when:soft", "when:swap"}
+    written = [text.get_text() for text in texts(figure)]
+    assert "if → gated and soft" in written
+    assert "far if → swap" in written
+    assert "if gate('blocks[4].output @ last')" in written
+    assert any(text.startswith("if (cosine('blocks[4].") for text in written)
+    assert written.count("shared as both") == 2
+    assert written.count("tasks tone, x") == 2
+    assert "@ the edit's tokens" in written
+    assert {"read that a condition looks at", "decides whether the edit acts"} <= set(written)
+    assert not {"decides whether the edit acts"} & {text.get_text() for text in texts(draw_graph(nested()))}
+
+
+def test_html_says_when_an_edit_acts_for_which_tasks_and_with_whom_it_shares():
+    page = html.unescape(graph_html(conditional()))
+    for edit_ in conditional().edits:
+        if edit_.when is not None:
+            assert repr(edit_.when) in page
+    assert "tone in [0, 1], x in [2]" in page
+    assert "tone, x" in page
+    assert ">both<" in page
+    assert "LoReFT(rank=4) in directions [0, 2]" in page
 
 
 def test_depth_runs_from_left_to_right_and_sources_stand_above_what_needs_them():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -120,6 +121,7 @@ def explain(
     model: Model = None,
 ) -> None:
     """Write a report that says what each edit of an artifact reads, writes and causes."""
+    from reftlab.experiment import DataSource
     from reftlab.explaining import explain as explained
     from reftlab.training import as_examples, read_examples
 
@@ -128,8 +130,8 @@ def explain(
     if examples is not None:
         data = read_examples(examples, limit=limit)
     elif isinstance(noted, dict):
-        path = folder / noted["path"]
-        data = read_examples(path, prompt=noted["prompt"], answer=noted["answer"], limit=limit)
+        noted["limit"] = min(limit, noted.get("limit") or limit)
+        data = DataSource(**noted).rows(folder).examples
     elif noted:
         data = as_examples(noted[:limit])
     else:
@@ -160,6 +162,8 @@ def _version() -> None:
 
 def main() -> None:
     """Run the command line; an error is one line and a non-zero exit, unless REFTLAB_DEBUG is set."""
+    # Where bitsandbytes is installed it tells of a kernel that it could not fetch when it is imported.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         code = app(prog_name="reftlab", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):

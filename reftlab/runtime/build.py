@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from reftlab.errors import BindError
 from reftlab.graph import Gate
 from reftlab.interventions.gate import SoftGate
 from reftlab.runtime.places import BoundEdit
+from reftlab.runtime.wrapped import device_of
 
-__all__ = ["Interventions", "built_for", "device_of", "gate_keys"]
+__all__ = ["Interventions", "built_for", "gate_keys"]
 
 
 class Interventions(nn.ModuleDict):
@@ -65,14 +65,6 @@ def gate_keys(bound: BoundEdit) -> list[str]:
 
 def _gates(bound: BoundEdit) -> tuple[Gate, ...]:
     return () if bound.edit.when is None else bound.edit.when.gates
-
-
-def device_of(*modules: nn.Module) -> torch.device:
-    """The device of the first tensor in any of the modules."""
-    for module in modules:
-        for tensor in (*module.parameters(), *module.buffers()):
-            return tensor.device
-    return torch.device("cpu")
 
 
 def _built(bound: BoundEdit, model: nn.Module) -> nn.Module:

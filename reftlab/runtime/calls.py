@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from reftlab.errors import RunError
 from reftlab.runtime.window import Layout
+from reftlab.runtime.wrapped import entrances
 
 __all__ = ["Calls", "Layouts", "continues_texts", "past_length"]
 
@@ -28,7 +29,7 @@ class Calls:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = _inner(model)
+        self._model = _inner(entrances(model)[-1])
         self._names = _names(model) or _names(self._model)
         self._takes = frozenset((*_names(self._model), *self._names))
         self.has_decoder = bool(getattr(getattr(self._model, "config", None), "is_encoder_decoder", False))

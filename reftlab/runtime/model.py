@@ -13,7 +13,7 @@ from torch import nn
 from reftlab.errors import BindError, RunError, did_you_mean
 from reftlab.graph import BASE, InterventionGraph, Read
 from reftlab.runtime.bind import bind_nodes, bind_reads
-from reftlab.runtime.build import Interventions, built_for, device_of, gate_keys
+from reftlab.runtime.build import Interventions, built_for, gate_keys
 from reftlab.runtime.calls import Calls, Layouts, past_length
 from reftlab.runtime.editing import Observer
 from reftlab.runtime.hooks import StopForward, turn_of
@@ -24,6 +24,7 @@ from reftlab.runtime.run import Run
 from reftlab.runtime.sources import Sources
 from reftlab.runtime.supply import Supply
 from reftlab.runtime.window import Layout
+from reftlab.runtime.wrapped import device_of, eagerly, entrances
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -383,8 +384,9 @@ class BoundModel(nn.Module):
         mine = [name for bound in run.edits for name in (bound.module, *gate_keys(bound))]
         modules: list[Any] = [self.interventions[name] for name in dict.fromkeys(mine)]
         prepared = [module for module in modules if hasattr(module, "prepare")]
-        with turn_of(self.model), run.hooks() as hooks:
-            hooks.on_input(self.model, self._window_mover(run), first=True)
+        with turn_of(self.model), eagerly(self.model), run.hooks() as hooks:
+            for module in entrances(self.model):
+                hooks.on_input(module, self._window_mover(run), first=True)
             try:
                 for built in prepared:
                     built.prepare()

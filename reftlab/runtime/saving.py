@@ -12,6 +12,7 @@ from torch import nn
 
 from reftlab.errors import AddressError, ArtifactError, BindError, InterventionError
 from reftlab.runtime.model import BoundModel
+from reftlab.runtime.wrapped import entrances, value_of
 from reftlab.store import Artifact, model_card, read_artifact, write_artifact
 
 if TYPE_CHECKING:
@@ -38,6 +39,14 @@ def save(bound: BoundModel, folder: str | Path) -> Path:
     """
     if not isinstance(folder, str | Path) or not str(folder).strip() or "\0" in str(folder):
         raise ArtifactError(f"save({folder!r}): expected the path of a folder")
+    if bound.facts.get("training", {}).get("train_model"):
+        warnings.warn(
+            "the edits were trained together with parameters of the model itself, and an artifact holds the "
+            "edits alone; save the model's too, reft.model.save_pretrained(folder), and give rl.load the "
+            "model with them",
+            UserWarning,
+            stacklevel=3,
+        )
     facts = {"base_model": signature_of(bound.model), **bound.facts}
     parameters = sum(p.numel() for p in bound.interventions.parameters())
     card = model_card(bound.graph, facts, parameters)
@@ -98,6 +107,7 @@ def _load_state(bound: BoundModel, artifact: Artifact) -> None:
 
 def signature_of(model: nn.Module) -> dict[str, Any]:
     """What identifies a model: its shape by its configuration, its weights by a sample of them."""
+    model = entrances(model)[-1]
     config = getattr(model, "config", None)
     name = getattr(model, "reftlab_name", None) or getattr(config, "_name_or_path", None)
     signature: dict[str, Any] = {"name": name or type(model).__name__, "class": type(model).__name__}
@@ -116,13 +126,17 @@ def signature_of(model: nn.Module) -> dict[str, Any]:
 
 def _fingerprint(model: nn.Module) -> str:
     """A hash of numbers sampled from the weights, the same for float32 and bfloat16 copies."""
-    tensors = sorted(model.named_parameters())
-    step = max(1, len(tensors) // _SAMPLED_TENSORS)
+    names = sorted(name for name, _ in model.named_parameters())
+    step = max(1, len(names) // _SAMPLED_TENSORS)
     digest = hashlib.sha256()
-    for name, tensor in tensors[::step]:
-        values = tensor.detach().flatten()
-        sample = values[:: max(1, len(values) // _SAMPLED_NUMBERS)][:_SAMPLED_NUMBERS]
+    for name in names[::step]:
+        values = value_of(model, name).flatten()
         digest.update(name.encode())
+        if not values.is_floating_point():
+            # Weights that bitsandbytes has packed, and packs anew when the model first runs.
+            digest.update(str(values.dtype).encode())
+            continue
+        sample = values[:: max(1, len(values) // _SAMPLED_NUMBERS)][:_SAMPLED_NUMBERS]
         digest.update(sample.float().bfloat16().cpu().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -138,9 +152,15 @@ def _check_model(artifact: Artifact, model: nn.Module) -> None:
             f"{details}; load the model that it was made for"
         )
     if made_for.get("fingerprint") != here["fingerprint"]:
+        together = artifact.facts.get("training", {}).get("train_model")
+        why = (
+            "; parameters of its own were trained together with the edits, so load those first"
+            if together
+            else ""
+        )
         warnings.warn(
             f"{artifact.folder} was made for {_named(made_for)}, and this model has its shape but other "
-            "weights, so the edits may not do what they did there",
+            f"weights, so the edits may not do what they did there{why}",
             UserWarning,
             stacklevel=3,
         )

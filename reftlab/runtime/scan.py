@@ -16,6 +16,7 @@ from reftlab.errors import BindError, ReftlabError
 from reftlab.runtime.attention import SoftmaxWatch, eager_attention
 from reftlab.runtime.axes import ATTENTION, Axes, Stream, axes_of
 from reftlab.runtime.leaf import get_input, get_output
+from reftlab.runtime.wrapped import device_of, eagerly, forget_wrapping, hidden_memo
 
 __all__ = ["SiteFacts", "example_inputs", "moved", "scan", "skeleton"]
 
@@ -153,11 +154,12 @@ def _sizes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int | None
 def skeleton(model: nn.Module) -> nn.Module:
     """A copy of the module tree without values and without hooks."""
     tensors = [*model.parameters(), *model.buffers()]
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = hidden_memo(model)
     for tensor in tensors:
         shape = tensor.detach().to("meta")
         memo[id(tensor)] = nn.Parameter(shape, False) if isinstance(tensor, nn.Parameter) else shape
     shapes = copy.deepcopy(model, memo)
+    forget_wrapping(shapes)
     for module in shapes.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
@@ -174,13 +176,11 @@ def skeleton(model: nn.Module) -> nn.Module:
 def _watch_for_real(
     model: nn.Module, sites: list[Site], args: Any, kwargs: Any, cause: Exception
 ) -> dict[Site, SiteFacts]:
-    parameter = next(model.parameters(), None)
-    device = parameter.device if parameter is not None else torch.device("cpu")
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
         with torch.random.fork_rng():
-            return _watch(model, sites, *moved((args, kwargs), device))
+            return _watch(model, sites, *moved((args, kwargs), device_of(model)))
     except ReftlabError:
         raise
     except Exception as error:
@@ -224,7 +224,8 @@ def _watch(
                 handles.append(module.register_forward_hook(_output_noter(site, note)))
             elif site.side == "input":
                 handles.append(module.register_forward_pre_hook(_input_noter(site, note), with_kwargs=True))
-        with torch.no_grad(), eager_attention(model, bool(attended)), watch if attended else nullcontext():
+        attention = eager_attention(model, bool(attended))
+        with torch.no_grad(), eagerly(model), attention, watch if attended else nullcontext():
             model(*args, **kwargs)
     finally:
         for handle in handles:

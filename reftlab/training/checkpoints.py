@@ -1,4 +1,4 @@
-"""Checkpoints of a training: the interventions, and the settings they were made with."""
+"""Checkpoints of a training: what learned, and the settings it was made with."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from reftlab.errors import ArtifactError, DataError, GraphError
 from reftlab.graph import InterventionGraph
+from reftlab.runtime import BoundModel
 from reftlab.training.data import Encoded
 
 __all__ = [
@@ -22,42 +24,58 @@ __all__ = [
     "digest",
     "graph_digest",
     "latest",
-    "load_interventions",
+    "learning_in",
+    "load_learned",
     "plain",
     "refuse_other_settings",
-    "save_interventions",
+    "save_learned",
 ]
 
 _NEEDED = ("interventions.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
-TENSORS, COMPLETE = "interventions.safetensors", "reftlab.json"
+TENSORS, MODEL_TENSORS, COMPLETE = "interventions.safetensors", "model.safetensors", "reftlab.json"
 
 
-def save_interventions(interventions: nn.Module, folder: Path) -> None:
-    """Write the interventions' parameters and buffers, and nothing of the model."""
+def save_learned(reft: BoundModel, folder: Path) -> None:
+    """Write the interventions' parameters and buffers, and those of the model's parameters that learn."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in interventions.state_dict().items()}
-    safetensors.torch.save_file(state, folder / TENSORS, metadata={"format": "pt"})
+    for file, state in ((TENSORS, reft.interventions.state_dict()), (MODEL_TENSORS, learning_in(reft.model))):
+        if state or file == TENSORS:
+            plain_state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+            safetensors.torch.save_file(plain_state, folder / file, metadata={"format": "pt"})
 
 
-def load_interventions(interventions: nn.Module, folder: Path) -> None:
-    """Read what `save_interventions` wrote.
+def load_learned(reft: BoundModel, folder: Path) -> None:
+    """Read what `save_learned` wrote.
 
     Raises:
-        ArtifactError: the file is damaged, or holds the interventions of another graph.
+        ArtifactError: a file is missing or damaged, or holds the tensors of another graph or model.
     """
+    learned = learning_in(reft.model)
+    reft.interventions.load_state_dict(_matching(folder / TENSORS, reft.interventions.state_dict()))
+    if learned:
+        with torch.no_grad():
+            for name, tensor in _matching(folder / MODEL_TENSORS, learned).items():
+                learned[name].copy_(tensor)
+
+
+def learning_in(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's own parameters that require gradients, which during a training are those that learn."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _matching(file: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in a file, which must have the names and shapes of `own`."""
     try:
-        state = safetensors.torch.load_file(folder / TENSORS)
+        state = safetensors.torch.load_file(file)
     except (safetensors.SafetensorError, OSError) as error:
-        raise ArtifactError(
-            f"{folder / TENSORS} cannot be read: {error}; remove {folder} and resume"
-        ) from error
-    own = interventions.state_dict()
+        raise ArtifactError(f"{file} cannot be read: {error}; remove {file.parent} and resume") from error
     differ = sorted(own.keys() ^ state.keys()) or [n for n, t in state.items() if t.shape != own[n].shape]
     if differ:
         raise ArtifactError(
-            f"{folder} was made by another graph: {differ[0]!r} differs; train in another folder"
+            f"{file.parent} was made by another graph or model: {differ[0]!r} differs; train in another "
+            "folder"
         )
-    interventions.load_state_dict(state)
+    return state
 
 
 def latest(folder: Path) -> Path | None:
@@ -81,7 +99,9 @@ def refuse_other_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None
         before = dict(json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ArtifactError(f"{checkpoint / COMPLETE} is damaged; remove {checkpoint} and resume") from error
-    for name, value in json.loads(json.dumps(settings)).items():
+    now = json.loads(json.dumps(settings))
+    for name in (*now, *before):
+        value = now.get(name)
         if before.get(name) != value:
             raise DataError(
                 f"resume=True: {checkpoint} was trained with {name}={before.get(name)!r}, and now it is "

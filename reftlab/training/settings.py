@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 from transformers import TrainingArguments
 
 from reftlab.errors import DataError, RunError, did_you_mean
@@ -32,7 +33,12 @@ _OWN_NAMES = {
 
 
 def check(
-    reft: BoundModel, options: Mapping[str, Any], folder: Any, resume: bool, arguments: Iterable[str]
+    reft: BoundModel,
+    options: Mapping[str, Any],
+    folder: Any,
+    resume: bool,
+    arguments: Iterable[str],
+    train_model: bool = False,
 ) -> None:
     """Refuse what cannot be trained, and arguments that `train` does not take.
 
@@ -41,6 +47,7 @@ def check(
         options: further arguments for `TrainingArguments`.
         folder, resume: as for `train`.
         arguments: names of the arguments that `train` takes itself.
+        train_model: as for `train`.
 
     Raises:
         DataError: an argument cannot be used.
@@ -50,7 +57,11 @@ def check(
         raise DataError(f"train takes a bound model, graph.bind(model, tokenizer), not {type(reft).__name__}")
     if reft.tokenizer is None:
         raise DataError("train needs a tokenizer: graph.bind(model, tokenizer)")
-    if not any(parameter.requires_grad for parameter in reft.interventions.parameters()):
+    if type(train_model) is not bool:
+        raise DataError(f"train_model={train_model!r}: expected True or False")
+    if train_model:
+        _check_model(reft.model)
+    elif not any(parameter.requires_grad for parameter in reft.interventions.parameters()):
         kinds = ", ".join(f"{e.name!r} ({type(e.intervention).__name__})" for e in reft.graph.edits) or "none"
         raise RunError(f"nothing to train: no edit has trainable numbers; the edits are {kinds}")
     if not continues_texts(reft.model):
@@ -77,6 +88,22 @@ def check(
                 f"train has no argument {name!r}, and neither has transformers.TrainingArguments."
                 + did_you_mean(name, [*known, *arguments])
             )
+
+
+def _check_model(model: nn.Module) -> None:
+    """Refuse to train all of a model, or none of it, together with the edits."""
+    learn = [parameter.requires_grad for parameter in model.parameters()]
+    name = type(model).__name__
+    if not any(learn):
+        raise RunError(
+            f"train_model=True: no parameter of {name} requires gradients; wrap the model with "
+            "peft.get_peft_model, or leave train_model out"
+        )
+    if all(learn):
+        raise RunError(
+            f"train_model=True: every parameter of {name} requires gradients, so the whole model would be "
+            "trained; freeze what is to stay as it is, or wrap the model with peft.get_peft_model"
+        )
 
 
 def number(name: str, value: Any, *, low: float, above: bool = False) -> float:

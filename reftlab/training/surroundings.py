@@ -15,19 +15,24 @@ from transformers.utils import logging as transformers_logging
 
 from reftlab.runtime import BoundModel
 
-__all__ = ["only_interventions_learn", "own_randomness", "quiet", "temporary_folder"]
+__all__ = ["learning", "own_randomness", "quiet", "temporary_folder"]
 
 
 @contextlib.contextmanager
-def only_interventions_learn(reft: BoundModel) -> Iterator[None]:
-    """Freeze the model inside a `with` block, and restore it and the training mode afterwards."""
+def learning(reft: BoundModel, train_model: bool = False) -> Iterator[None]:
+    """Freeze the model inside a `with` block, and restore it and the training mode afterwards.
+
+    Args:
+        reft: whose interventions learn.
+        train_model: whether those of the model's parameters that require gradients learn too.
+    """
     config: Any = getattr(reft.model, "config", None)
     caches = getattr(config, "use_cache", None)
     saving = _saves_activations(reft.model)
     wanted = {parameter: parameter.requires_grad for parameter in reft.model.parameters()}
     modes = {module: module.training for module in reft.modules()}
     try:
-        for parameter in wanted:
+        for parameter in () if train_model else wanted:
             parameter.requires_grad_(False)
         yield
     finally:
@@ -42,7 +47,7 @@ def only_interventions_learn(reft: BoundModel) -> Iterator[None]:
                 reft.model.disable_input_require_grads()
         for module, training in modes.items():
             module.training = training
-        for parameter in reft.interventions.parameters():
+        for parameter in reft.parameters() if train_model else reft.interventions.parameters():
             parameter.grad = None
 
 

@@ -20,15 +20,17 @@ from reftlab.errors import DataError, RunError
 from reftlab.interventions import Intervention, SoftGate
 from reftlab.runtime import BoundModel
 from reftlab.runtime.saving import signature_of
+from reftlab.runtime.wrapped import is_dispatched
 from reftlab.training.checkpoints import (
     COMPLETE,
     digest,
     graph_digest,
     latest,
-    load_interventions,
+    learning_in,
+    load_learned,
     plain,
     refuse_other_settings,
-    save_interventions,
+    save_learned,
 )
 from reftlab.training.collate import Collator
 from reftlab.training.data import Encoded, encode
@@ -37,7 +39,7 @@ from reftlab.training.replies import prompt_form
 from reftlab.training.result import TrainResult, TrainStep
 from reftlab.training.settings import check, number, whole
 from reftlab.training.surroundings import (
-    only_interventions_learn,
+    learning,
     own_randomness,
     quiet,
     temporary_folder,
@@ -67,6 +69,7 @@ def train(
     seed: int = 0,
     folder: str | Path | None = None,
     resume: bool = False,
+    train_model: bool = False,
     progress: bool = True,
     callbacks: list[TrainerCallback] | None = None,
     **options: Any,
@@ -97,6 +100,9 @@ def train(
             none are kept without it.
         resume: whether to go on from the newest whole checkpoint in `folder`, if there is one. The
             result is that of a training that was never interrupted.
+        train_model: whether those of the model's own parameters that require gradients learn too, such
+            as the LoRA of a model that PEFT has wrapped. They are not part of the artifact that
+            `reft.save` writes; save them with `reft.model.save_pretrained`.
         progress: whether to show a progress bar.
         callbacks: further `TrainerCallback`s.
         **options: further arguments of `TrainingArguments`, such as `gradient_accumulation_steps`.
@@ -111,7 +117,7 @@ def train(
 
     >>> result = train(reft, [("What is the sea like?", "🌊🐠🐚")], epochs=30)  # doctest: +SKIP
     """
-    check(reft, options, folder, resume, inspect.signature(train).parameters)
+    check(reft, options, folder, resume, inspect.signature(train).parameters, train_model)
     epochs = number("epochs", epochs, low=0.0, above=True)
     learning_rate = number("learning_rate", learning_rate, low=0.0)
     weight_decay = number("weight_decay", weight_decay, low=0.0)
@@ -134,6 +140,7 @@ def train(
         "schedule": schedule,
         "weight_decay": weight_decay,
         "seed": seed,
+        **({"train_model": True} if train_model else {}),
         **form,
         **options,
     }
@@ -153,7 +160,7 @@ def train(
         refuse_other_settings(checkpoint, identity)
     with contextlib.ExitStack() as stack:
         where = home if home is not None else stack.enter_context(temporary_folder())
-        stack.enter_context(only_interventions_learn(reft))
+        stack.enter_context(learning(reft, train_model))
         stack.enter_context(own_randomness(reft.device))
         stack.enter_context(quiet())
         watcher = _Watcher(progress)
@@ -187,7 +194,8 @@ def train(
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         seconds = time.perf_counter() - started
-        for name, parameter in reft.interventions.named_parameters():
+        learned = {**dict(reft.interventions.named_parameters()), **learning_in(reft.model)}
+        for name, parameter in learned.items():
             if not bool(torch.isfinite(parameter).all()):
                 raise RunError(
                     f"the training left numbers in {name} that are not finite; lower "
@@ -217,6 +225,8 @@ class _Trainer(Trainer):
         self.penalties = 0.0
         self.logged_at: int | None = None
         self.remove_callback(PrinterCallback)
+        if is_dispatched(self.model):
+            self.accelerator.device_placement = False
         # Whether the loss is averaged over accumulated batches is the inner model's matter.
         inner = self.model.model
         arguments = inspect.signature(inner.forward).parameters.values()
@@ -249,6 +259,11 @@ class _Trainer(Trainer):
             self.penalties, self.logged_at = 0.0, self.state.global_step
         super().log(logs, start_time)
 
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Move the model, unless its parts are on several devices or on disk already."""
+        if not is_dispatched(model):
+            super()._move_model_to_device(model, device)
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -261,7 +276,7 @@ class _Trainer(Trainer):
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        save_interventions(self.model.interventions, Path(output_dir or self.args.output_dir))
+        save_learned(self.model, Path(output_dir or self.args.output_dir))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -270,10 +285,10 @@ class _Trainer(Trainer):
         (checkpoint / COMPLETE).write_text(json.dumps(self.identity), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_interventions(self.model.interventions, Path(resume_from_checkpoint))
+        load_learned(self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        load_interventions(self.model.interventions, Path(str(self.state.best_model_checkpoint)))
+        load_learned(self.model, Path(str(self.state.best_model_checkpoint)))
 
 
 class _Watcher(TrainerCallback):

@@ -87,12 +87,14 @@ def test_a_knocked_out_edge_is_a_score_of_minus_infinity(backend: str) -> None:
         by_head[..., 0] = -torch.inf
         return by_head.reshape(scores.shape)
 
-    edit = rl.Edit(
-        "edge", at="blocks[0].attn.scores", positions="last", intervention=rl.Function(knock_out)
-    )
+    edit = rl.Edit("edge", at="blocks[0].attn.scores", positions="last", intervention=rl.Function(knock_out))
     reft = rl.InterventionGraph(edit).bind(model)
     pattern = reft.read("blocks[0].attn.pattern", **batch)["blocks[0].attn.pattern @ all"]
-    bare = rl.InterventionGraph().bind(model).read("blocks[0].attn.pattern", **batch)["blocks[0].attn.pattern @ all"]
+    bare = (
+        rl.InterventionGraph()
+        .bind(model)
+        .read("blocks[0].attn.pattern", **batch)["blocks[0].attn.pattern @ all"]
+    )
     expected = bare.clone()
     expected[:, :, -1, 0] = 0.0
     expected[:, :, -1] = expected[:, :, -1] / expected[:, :, -1].sum(-1, keepdim=True)
@@ -111,7 +113,11 @@ def test_patterns_are_swapped_between_runs_and_in_generation(llama: Any) -> None
     got = reft.read(read, sources={"other": other}, **batch)[f"{read} @ all"]
     assert_close(got, rl.InterventionGraph().bind(llama).read(read, **other)[f"{read} @ all"])
     with pytest.raises(rl.RunError, match="source's vectors are"):
-        reft(**batch, sources={"other": batch_of((6, 8), seed=4) | {}}, positions={"swap": "last(3)", "swap.source": "last(3)"})
+        reft(
+            **batch,
+            sources={"other": batch_of((6, 8), seed=4) | {}},
+            positions={"swap": "last(3)", "swap.source": "last(3)"},
+        )
     off = rl.InterventionGraph(
         rl.Edit("off", at="blocks[1].attn.pattern", phase="both", intervention=rl.Zero())
     ).bind(llama)
@@ -137,7 +143,9 @@ def test_what_cannot_be_done_to_a_pattern_is_said(llama: Any) -> None:
     with pytest.raises(rl.AddressError, match="numbered 0 to 3"):
         bind(rl.Zero(), heads=[4])
     with pytest.raises(rl.RunError, match="no softmax that can be watched"):
-        rl.InterventionGraph(rl.Edit("e", at="model.layers[0].mlp.pattern", intervention=rl.Zero())).bind(llama)
+        rl.InterventionGraph(rl.Edit("e", at="model.layers[0].mlp.pattern", intervention=rl.Zero())).bind(
+            llama
+        )
 
 
 def test_an_exception_gives_the_backend_back(llama: Any) -> None:

@@ -68,13 +68,17 @@ def test_the_calls_of_a_cell_are_time_steps() -> None:
     assert_close(reft.read("cell.output", steps=other)["cell.output @ all"], torch.stack(states, 1))
     swap = rl.InterventionGraph(
         rl.Source("other"),
-        rl.Edit("state", at="cell.output", positions=[2], intervention=rl.Swap(), source=rl.Read(run="other")),
+        rl.Edit(
+            "state", at="cell.output", positions=[2], intervention=rl.Swap(), source=rl.Read(run="other")
+        ),
     ).bind(net, example=steps)
     state = states[2]
     for step in steps.unbind(1)[3:]:
         state = net.cell(step, state)
     assert_close(swap(steps, sources={"other": {"steps": other}}), net.head(state))
-    every = rl.InterventionGraph(rl.Edit("all", at="cell.output", intervention=rl.Scale(0.5))).bind(net, example=steps)
+    every = rl.InterventionGraph(rl.Edit("all", at="cell.output", intervention=rl.Scale(0.5))).bind(
+        net, example=steps
+    )
     state = torch.zeros(2, 6)
     for step in steps.unbind(1):
         state = net.cell(step, state) * 0.5
@@ -171,5 +175,5 @@ def test_rows_too_short_to_join_are_named(llama: Any) -> None:
     reft = rl.InterventionGraph(
         rl.Edit("pair", at="blocks[1].output", positions="joined(last(5))", intervention=rl.Scale(2.0))
     ).bind(llama)
-    with pytest.raises(rl.PositionError, match="row 1.*joins 5 different tokens.*4 prompt tokens give 4"):
+    with pytest.raises(rl.PositionError, match=r"row 1.*joins 5 different tokens.*4 prompt tokens give 4"):
         reft(**batch_of((7, 4)))

@@ -13,7 +13,9 @@ from tests.models import batch_of, copy_of
 from tests.oracle import assert_close, randomise
 
 
-def trained(model: Any, name: str, at: str = "blocks[1].output", seed: int = 0, **options: Any) -> rl.BoundModel:
+def trained(
+    model: Any, name: str, at: str = "blocks[1].output", seed: int = 0, **options: Any
+) -> rl.BoundModel:
     graph = rl.InterventionGraph(
         rl.Edit(name, at=at, positions="last", intervention=rl.LoReFT(rank=2), **options)
     )

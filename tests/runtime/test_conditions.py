@@ -22,7 +22,9 @@ def ends(real: list[int]) -> list[int]:
 
 
 def bound(model: Any, when: Any, positions: str = "last", **options: Any) -> rl.BoundModel:
-    edit = rl.Edit("edit", at="blocks[2].output", positions=positions, intervention=rl.Add(VECTOR), when=when, **options)
+    edit = rl.Edit(
+        "edit", at="blocks[2].output", positions=positions, intervention=rl.Add(VECTOR), when=when, **options
+    )
     return rl.InterventionGraph(edit).bind(model)
 
 
@@ -52,7 +54,9 @@ def test_a_condition_of_each_row_keeps_the_edit_to_its_rows(any_model: Any, side
     ):
         columns = columns_by_hand(batch["attention_mask"], ends)
         chosen = [c if bool(keep) else [] for c, keep in zip(columns, rows, strict=True)]
-        with plain_edit(raw_blocks(any_model)[2], batch["attention_mask"], chosen, lambda h, s, n: h + VECTOR):
+        with plain_edit(
+            raw_blocks(any_model)[2], batch["attention_mask"], chosen, lambda h, s, n: h + VECTOR
+        ):
             expected = any_model(**batch).logits
         assert_close(bound(any_model, when)(**batch).logits, expected)
     assert 0 < int((cosines > limit).sum()) < len(cosines)
@@ -65,7 +69,9 @@ def test_a_condition_without_positions_is_asked_of_each_token(any_model: Any, si
     norms = plain_read(any_model, raw_blocks(any_model)[0], batch).norm(dim=-1)
     real = batch["attention_mask"].bool()
     limit = float(norms[real].median())
-    chosen = [((norm > limit) & keep).nonzero()[:, 0].tolist() for norm, keep in zip(norms, real, strict=True)]
+    chosen = [
+        ((norm > limit) & keep).nonzero()[:, 0].tolist() for norm, keep in zip(norms, real, strict=True)
+    ]
     assert any(chosen)
     with plain_edit(raw_blocks(any_model)[2], batch["attention_mask"], chosen, lambda h, s, n: h + VECTOR):
         expected = any_model(**batch).logits
@@ -130,7 +136,9 @@ def test_a_condition_can_read_another_run_and_a_probe_can_decide(llama: Any) -> 
     batch, other = batch_of(LENGTHS), batch_of(LENGTHS, seed=9)
     generator = torch.Generator().manual_seed(2)
     vectors = torch.randn(60, WIDTH, generator=generator) * 3 + 1
-    probe = make_pipeline(StandardScaler(), LogisticRegression()).fit(vectors.numpy(), (vectors[:, 0] > 1).numpy())
+    probe = make_pipeline(StandardScaler(), LogisticRegression()).fit(
+        vectors.numpy(), (vectors[:, 0] > 1).numpy()
+    )
     hidden = plain_read(llama, raw_blocks(llama)[1], other)
     last = [int(row.nonzero()[-1]) for row in other["attention_mask"]]
     chances = torch.tensor(probe.predict_proba(hidden[range(3), last].numpy())[:, 1])
@@ -195,7 +203,7 @@ def test_conditions_that_come_too_late_or_have_no_tokens_are_refused(llama: Any)
         bool((rl.norm("blocks[0].output") > 1) and (rl.norm("blocks[0].output") < 3))
     with pytest.raises(GraphError, match="no truth value"):
         0 < rl.norm("blocks[0].output") < 3  # noqa: B015
-    with pytest.raises(rl.RunError, match="row 0 edits 1 tokens.*condition offers 2"):
+    with pytest.raises(rl.RunError, match=r"row 0 edits 1 tokens.*condition offers 2"):
         bound(llama, rl.norm("blocks[0].output @ first(2)") > 1)(**batch_of(LENGTHS))
 
 

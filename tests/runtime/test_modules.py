@@ -206,20 +206,79 @@ def test_an_rnn_is_edited_at_its_time_steps() -> None:
     torch.testing.assert_close(reft(inputs), model.head(hidden))
 
 
-def test_a_cnn_is_edited_behind_its_pooling_and_refused_on_its_maps() -> None:
-    model = nn.Sequential(
-        OrderedDict(
-            conv=nn.Conv2d(1, 4, 3), pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), head=nn.Linear(4, 2)
-        )
-    )
-    images = torch.randn(3, 1, 8, 8)
+def test_an_rnn_that_takes_time_first_is_edited_at_its_time_steps() -> None:
+    model = nn.GRU(4, 8)
+    edit = rl.Edit("add", at="[0].output", positions="f1+l2", intervention=rl.Add(torch.arange(8.0)))
+    reft = rl.InterventionGraph(edit).bind(nn.Sequential(model, First()), example=torch.zeros(5, 2, 4))
+    inputs = torch.randn(6, 3, 4)
+    expected = model(inputs)[0].clone()
+    expected[[0, 4, 5]] += torch.arange(8.0)
+    torch.testing.assert_close(reft(inputs), expected)
+
+
+class First(nn.Module):
+    def forward(self, pair: Any) -> Tensor:
+        return pair[0]
+
+
+class Unrolled(nn.Module):
+    """A recurrent cell called once for each time step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRUCell(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.new_zeros(x.shape[0], 8)
+        for step in range(x.shape[1]):
+            state = self.cell(x[:, step], state)
+        return self.head(state)
+
+
+@pytest.mark.parametrize(("positions", "steps"), [("f1", [0]), ("[2,4]", [2, 4]), ("all", range(6))])
+def test_a_recurrent_cells_calls_are_its_time_steps(positions: str, steps: Any) -> None:
+    model, inputs = Unrolled(), torch.randn(3, 6, 4)
+    edit = rl.Edit("add", at="cell.output", positions=positions, intervention=rl.Add(torch.arange(8.0)))
+    reft = rl.InterventionGraph(edit).bind(model, example=torch.zeros(2, 6, 4))
+    state = torch.zeros(3, 8)
+    for step in range(6):
+        state = model.cell(inputs[:, step], state) + (torch.arange(8.0) if step in steps else 0)
+    torch.testing.assert_close(reft(inputs), model.head(state))
+
+
+def small_cnn() -> nn.Sequential:
+    layers = {"conv": nn.Conv2d(1, 4, 3), "pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten()}
+    return nn.Sequential(OrderedDict(**layers, head=nn.Linear(4, 2)))
+
+
+def test_a_cnn_is_edited_behind_its_pooling() -> None:
+    model, images = small_cnn(), torch.randn(3, 1, 8, 8)
     edit = rl.Edit("zero", at="flat.output", intervention=rl.Zero())
     got = rl.InterventionGraph(edit).bind(model, example=images)(images)
     torch.testing.assert_close(got, model.head.bias.expand(3, 2))
-    with pytest.raises(rl.BindError, match=r"conv\.output has shape \(3, 4, 6, 6\); reftlab acts on"):
-        rl.InterventionGraph(rl.Edit("zero", at="conv.output", intervention=rl.Zero())).bind(
-            model, example=images
-        )
+
+
+def test_a_feature_map_is_edited_at_places_in_raster_order() -> None:
+    model, images = small_cnn(), torch.randn(3, 1, 8, 6)
+    vector = torch.tensor([3.0, -1.0, 2.0, 5.0])
+    # Places 1 and 6 of a map 4 wide are row 0 column 1 and row 1 column 2; the last is row 5 column 3.
+    edit = rl.Edit("add", at="conv.output", positions="[1,6]+last", intervention=rl.Add(vector))
+    reft = rl.InterventionGraph(edit).bind(model, example=images)
+    maps = model.conv(images).clone()
+    for row, column in ((0, 1), (1, 2), (5, 3)):
+        maps[:, :, row, column] += vector
+    torch.testing.assert_close(reft(images), model.head(maps.mean((2, 3))))
+    read = reft.read("conv.output @ [6]", input=images)["conv.output @ [6]"]
+    torch.testing.assert_close(read[:, 0], maps[:, :, 1, 2])
+
+
+def test_a_signal_is_edited_at_its_samples() -> None:
+    model, signal = nn.Sequential(nn.Conv1d(2, 4, 3), nn.Flatten(), nn.Linear(28, 2)), torch.randn(3, 2, 9)
+    edit = rl.Edit("add", at="[0].output", positions="last", intervention=rl.Add(torch.arange(4.0)))
+    samples = model[0](signal).clone()
+    samples[:, :, -1] += torch.arange(4.0)
+    got = rl.InterventionGraph(edit).bind(model, example=signal)(signal)
+    torch.testing.assert_close(got, model[2](samples.flatten(1)))
 
 
 def test_a_model_that_looks_at_values_is_bound_by_a_real_pass() -> None:

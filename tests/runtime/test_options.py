@@ -44,11 +44,18 @@ def test_rows_of_one_batch_carry_their_own_tasks(any_model: Any, side: str) -> N
 def test_tasks_hold_with_beams_and_sampling(llama: Any) -> None:
     batch, reft = batch_of(LENGTHS, "left"), two_tasks(llama)
     tasks = ["emoji", None, "formal+emoji"]
-    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "num_beams": 3, "num_return_sequences": 2}
+    options: dict[str, Any] = {
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "num_beams": 3,
+        "num_return_sequences": 2,
+    }
     got = reft.generate(**batch, tasks=tasks, **options)
     parts = [reft.select("emoji"), llama, reft]
     for row, part in enumerate(parts):
-        assert torch.equal(got[2 * row : 2 * row + 2], part.generate(**batch, **options)[2 * row : 2 * row + 2])
+        assert torch.equal(
+            got[2 * row : 2 * row + 2], part.generate(**batch, **options)[2 * row : 2 * row + 2]
+        )
     torch.manual_seed(0)
     sampled = reft.generate(**batch, tasks=tasks, max_new_tokens=5, do_sample=True, top_k=4)
     torch.manual_seed(0)
@@ -118,7 +125,9 @@ def test_strengths_and_positions_are_chosen_row_by_row(any_model: Any, side: str
 
 
 def loreft(model: Any, **options: Any) -> rl.BoundModel:
-    edit = rl.Edit("shared", at="blocks[1].output", positions="last", intervention=rl.LoReFT(rank=4), **options)
+    edit = rl.Edit(
+        "shared", at="blocks[1].output", positions="last", intervention=rl.LoReFT(rank=4), **options
+    )
     reft = rl.InterventionGraph(edit).bind(model)
     randomise(reft)
     return reft
@@ -164,7 +173,11 @@ def test_a_subspace_of_features_swaps_those_alone(llama: Any) -> None:
     graph = rl.InterventionGraph(
         rl.Source("other"),
         rl.Edit(
-            "swap", at="blocks[1].output", positions="last", intervention=rl.Swap(), source=rl.Read(run="other")
+            "swap",
+            at="blocks[1].output",
+            positions="last",
+            intervention=rl.Swap(),
+            source=rl.Read(run="other"),
         ),
     )
     reft, batch, other = graph.bind(llama), batch_of(LENGTHS), batch_of(LENGTHS, seed=8)

@@ -43,10 +43,13 @@ def test_tasks_mixed_in_one_batch_are_learned_and_told_apart(llama: Any, tokeniz
     before = rl.answer_loss(reft, ROWS)
     rl.train(reft, ROWS, epochs=40, learning_rate=2e-2, batch_size=4, progress=False)
     assert rl.answer_loss(reft, ROWS) < 0.75 * before
-    crossed = [rl.Example(row.prompt, row.answer, {"place": "person", "person": "place"}[row.task]) for row in ROWS]
+    crossed = [
+        rl.Example(row.prompt, row.answer, {"place": "person", "person": "place"}[row.task]) for row in ROWS
+    ]
     assert rl.answer_loss(reft, crossed) > rl.answer_loss(reft, ROWS) + 0.5
     assert_close(
-        torch.tensor(rl.answer_loss(reft, ROWS[:2])), torch.tensor(rl.answer_loss(reft, crossed[:2], task="place"))
+        torch.tensor(rl.answer_loss(reft, ROWS[:2])),
+        torch.tensor(rl.answer_loss(reft, crossed[:2], task="place")),
     )
     measured = rl.evaluate(reft, ROWS, max_new_tokens=2, batch_size=3)
     replies = [rl.reply(reft, row.prompt, tasks=row.task, max_new_tokens=2)[0] for row in ROWS]
@@ -56,5 +59,5 @@ def test_tasks_mixed_in_one_batch_are_learned_and_told_apart(llama: Any, tokeniz
 def test_an_example_without_a_task_among_others_is_named(llama: Any, tokenizer: Any) -> None:
     with pytest.raises(DataError, match="example 1, 'b', has no task"):
         rl.train(in_one_basis(llama, tokenizer), [rl.Example("a", "x", "place"), ("b", "y")], progress=False)
-    with pytest.raises(rl.RunError, match="no task 'plaice'.*Did you mean 'place'"):
+    with pytest.raises(rl.RunError, match=r"no task 'plaice'.*Did you mean 'place'"):
         rl.train(in_one_basis(llama, tokenizer), [rl.Example("the cat", "Paris", "plaice")], progress=False)

@@ -72,11 +72,13 @@ class Position:
         size: how many tokens of each row it chooses, or None where that depends on the row.
         joins: how many tokens' vectors make one vector together; 1 unless they are joined.
         generated: whether it chooses generated tokens only.
+        by_length: whether it is the same in all rows of one length.
     """
 
     size: int | None = None
     joins: int = 1
     generated: bool = False
+    by_length: bool = True
 
     def check_rows(self, rows: int) -> None:
         """Refuse a batch with another number of rows than the position was written for."""
@@ -271,6 +273,7 @@ class PerRow(Position):
     """Tokens by number, for each row of the batch its own: `rows([3], [4, 5])`."""
 
     rows: tuple[tuple[int, ...], ...]
+    by_length = False
 
     def __post_init__(self) -> None:
         if not self.rows or not all(type(n) is int for row in self.rows for n in row):
@@ -323,6 +326,10 @@ class Joined(Position):
     def joins(self) -> int:  # type: ignore[override]
         return self.inner.size or 1
 
+    @property
+    def by_length(self) -> bool:  # type: ignore[override]
+        return self.inner.by_length
+
     def check_rows(self, rows: int) -> None:
         self.inner.check_rows(rows)
 
@@ -357,6 +364,10 @@ class Union(Position):
     def size(self) -> int | None:  # type: ignore[override]
         sizes = [term.size for term in self.terms]
         return None if None in sizes else sum(size or 0 for size in sizes)
+
+    @property
+    def by_length(self) -> bool:  # type: ignore[override]
+        return all(term.by_length for term in self.terms)
 
     def check_rows(self, rows: int) -> None:
         for term in self.terms:

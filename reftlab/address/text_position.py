@@ -20,6 +20,7 @@ class TextPosition(Position):
 
     text: str
     occurrence: int = 1
+    by_length = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not self.text:

@@ -99,7 +99,7 @@ class View:
 _MADE_OF_HEADS = frozenset(
     ("q_proj", "k_proj", "v_proj", "q_lin", "k_lin", "v_lin", "query", "key", "value", "q", "k", "v")
 )
-_TAKES_HEADS = frozenset(("o_proj", "out_proj", "c_proj", "out_lin", "dense", "o"))
+_TAKES_HEADS = frozenset(("o_proj", "out_proj", "c_proj", "out_lin", "dense", "o", "Wo"))
 
 
 def splits_by_heads(model: nn.Module, module: str, side: str) -> bool:

@@ -46,7 +46,7 @@ class _Scheduled(Intervention):
 class BoundlessSwap(_Scheduled):
     """Boundless distributed alignment search: learn the rotation and how many directions to swap.
 
-        h + Rᵀ(m ⊙ (R s − R h)),   mᵢ = σ((i + ½)/T) σ((β width − i − ½)/T)
+        h + Rᵀ(m ⊙ (R s − R h)),   mᵢ = σ((β width − i − ½)/T)
 
     `R` is a full rotation; direction i = 0, 1, … is swapped as far as it lies left of a learned
     boundary, the share `β` of all directions, from 0 to 1 and a half at first. The temperature `T`
@@ -54,12 +54,14 @@ class BoundlessSwap(_Scheduled):
     asks for few directions.
 
     Wu et al., "Interpretability at Scale: Identifying Causal Mechanisms in Alpaca" (2023,
-    arXiv:2305.08809), its boundary mask. Two details differ from the authors' code: directions are taken at
-    i + ½, the middle of their places, where direction 0 at i would always be swapped by half; and
-    `β` is a sigmoid of what is learned, where clamping would end its gradient at the limits.
+    arXiv:2305.08809), its boundary mask. Three details differ from the authors' code: the mask has no
+    lower boundary at 0, which nothing lies below, and which would swap the first directions by half
+    while T is high; directions are taken at i + ½, the middle of their places; and `β` is a sigmoid
+    of what is learned, where clamping would end its gradient at the limits.
 
     Args:
-        temperature_start: T before training, in directions.
+        temperature_start: T before training, in directions. The default is the authors', for vectors of
+            thousands of numbers; for narrow ones take a small part of their width.
         temperature_end: T after training.
         sparsity: weight of the penalty on `β`, in the units of the training loss.
 
@@ -94,9 +96,7 @@ class BoundlessSwap(_Scheduled):
         assert self.width is not None
         share = torch.sigmoid(self.boundary.float())
         places = torch.arange(self.width, device=share.device) + 0.5
-        return torch.sigmoid(places / self.temperature) * torch.sigmoid(
-            (share * self.width - places) / self.temperature
-        )
+        return torch.sigmoid((share * self.width - places) / self.temperature)
 
     def forward(
         self,

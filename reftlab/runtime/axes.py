@@ -57,9 +57,11 @@ class Axes:
         names = [] if "(" in self.given else self.given.split()
         sizes = {name: size for name, size in zip(names, like.shape, strict=False) if name != "row"}
         inside = self.standard.replace("(", " ").replace(")", " ").split()
-        return rearrange(
+        restored = rearrange(
             tensor, f"{self.standard} -> {self.given}", **{n: s for n, s in sizes.items() if n in inside}
         )
+        # Some models go on with `view`, which wants their own order in memory.
+        return restored.contiguous()
 
 
 PLAIN = Axes("row token feature", "row token feature")

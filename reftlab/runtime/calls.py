@@ -15,7 +15,7 @@ from reftlab.errors import RunError
 from reftlab.runtime.window import Layout
 from reftlab.runtime.wrapped import entrances
 
-__all__ = ["Calls", "Layouts", "continues_texts", "past_length"]
+__all__ = ["Calls", "Layouts", "continues_texts"]
 
 Layouts = dict[str, Layout]
 Window = tuple[int, int, int]
@@ -33,6 +33,7 @@ class Calls:
         self._names = _names(model) or _names(self._model)
         self._takes = frozenset((*_names(self._model), *self._names))
         self.has_decoder = bool(getattr(getattr(self._model, "config", None), "is_encoder_decoder", False))
+        self._ends: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._caches: weakref.WeakKeyDictionary[Any, Layouts] = weakref.WeakKeyDictionary()
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,14 +54,14 @@ class Calls:
         causal = not self.has_decoder and continues_texts(self._model)
         if prompt is not None:
             return {"tokens": self._whole_prompt(named, prompt, causal)}
-        past = past_length(named)
+        past = self.past(named)
         if past == 0 or self.has_decoder:
             own = Layout.of(named, causal=causal)
             decoder = Layout.of_decoder(named) if self.has_decoder else None
             found = {} if own is None else {"tokens": own}
             if past == 0:
                 return found if decoder is None else {**found, "decoder": decoder}
-        cache = named.get("past_key_values")
+        cache = _cache(named)
         if cache in self._caches:
             return self._caches[cache]
         raise RunError(
@@ -83,24 +84,76 @@ class Calls:
         """Note whose prompt a cache holds, so that later steps with it know their place."""
         if continues:
             return
-        parts = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
+        parts = (
+            output
+            if isinstance(output, tuple)
+            else (_cache(vars(output) if hasattr(output, "__dict__") else {}),)
+        )
         for cache in parts:
             if layouts and hasattr(cache, "get_seq_length"):
+                self._ends.setdefault(cache, next(iter(layouts.values())).width)
                 self._caches[cache] = {name: replace(layout, open=True) for name, layout in layouts.items()}
 
     def knows_cache(self, named: Mapping[str, Any]) -> bool:
         """Whether the call's cache is empty, or one that this object has filled."""
-        return past_length(named) == 0 or named["past_key_values"] in self._caches
+        return self.past(named) == 0 or _cache(named) in self._caches
 
-    def windows(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Window]:
-        """By stream, the rows, the first column, and the column after the last, that one pass covers."""
+    def past(self, named: Mapping[str, Any], before: int | None = None) -> int:
+        """How many columns the call's cache holds already.
+
+        Args:
+            named: the call's arguments by name.
+            before: where the pass before this one ended, in a generation.
+
+        Raises:
+            RunError: the cache does not tell, as those of state-space models, and is not known.
+        """
+        cache = _cache(named)
+        if not hasattr(cache, "get_seq_length"):
+            return 0
+        try:
+            return int(cache.get_seq_length())
+        except ValueError as error:
+            if not cache.has_previous_state():
+                return 0
+            known = before if before is not None else self._ends.get(cache)
+            if known is None:
+                raise RunError(
+                    f"this call continues a {type(cache).__name__} that does not say how many tokens it has "
+                    "seen, "
+                    "and this bound model did not make it; begin with a call of this bound model"
+                ) from error
+            return known
+
+    def windows(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], before: int | None = None
+    ) -> dict[str, Window]:
+        """By stream, the rows, the first column, and the column after the last, that one pass covers.
+
+        Args:
+            args, kwargs: the pass's arguments.
+            before: where the pass before this one ended, in a generation.
+
+        Raises:
+            RunError: the pass takes some tokens again, so that it covers no window.
+        """
         named = self.named(args, kwargs)
-        past = past_length(named)
+        again = [name for name in ("mems", "target_mapping") if named.get(name) is not None]
+        if again:
+            raise RunError(
+                f"{type(self._model).__name__}: a pass with {again[0]} takes some of its tokens again, so "
+                "that "
+                "positions have no place in it; generation with edits and mems are not possible here"
+            )
+        past = self.past(named, before)
         found: dict[str, Window] = {}
         for stream, tokens in (("tokens", _tokens(named)), ("decoder", _decoder_tokens(named))):
             if tokens is not None and (stream == "tokens" or self.has_decoder):
                 start = past if stream == "decoder" or not self.has_decoder else 0
                 found[stream] = (tokens.shape[0], start, start + tokens.shape[1])
+                cache = _cache(named)
+                if cache is not None and hasattr(cache, "get_seq_length"):
+                    self._ends[cache] = start + tokens.shape[1]
         return found
 
     def decoder_prompt(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Layout | None:
@@ -112,11 +165,28 @@ class Calls:
         kept = {key: value for key, value in named.items() if isinstance(value, Tensor)}
         return {key: value for key, value in kept.items() if key in self._takes and key != "labels"}
 
+    def numbered(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Inputs of one pass with the position ids that `generate` would give them."""
+        mask = inputs.get("attention_mask")
+        wanted = "position_ids" in self._takes and not self.has_decoder
+        if (
+            not wanted
+            or inputs.get("position_ids") is not None
+            or not isinstance(mask, Tensor)
+            or mask.dim() != 2
+        ):
+            return inputs
+        return {**inputs, "position_ids": (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)}
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_caches": None}
+        return {**self.__dict__, "_caches": None, "_ends": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = {**state, "_caches": weakref.WeakKeyDictionary()}
+        self.__dict__ = {
+            **state,
+            "_caches": weakref.WeakKeyDictionary(),
+            "_ends": weakref.WeakKeyDictionary(),
+        }
 
     def mask_of(self, named: Mapping[str, Any]) -> Tensor:
         """The mask that `generate` makes up, by its rule: padding is known unless it ends texts too."""
@@ -141,10 +211,10 @@ def continues_texts(model: nn.Module) -> bool:
     return bool(getattr(model, "can_generate", lambda: False)())
 
 
-def past_length(named: Mapping[str, Any]) -> int:
-    """How many columns the call's cache holds already."""
-    cache: Any = named.get("past_key_values")
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+def _cache(named: Mapping[str, Any]) -> Any:
+    """The cache among a call's arguments or results, under either of its names."""
+    found = named.get("past_key_values")
+    return named.get("cache_params") if found is None else found
 
 
 def _inner(model: nn.Module) -> nn.Module:

@@ -9,7 +9,6 @@ import torch
 
 from reftlab.errors import RunError
 from reftlab.graph import BASE
-from reftlab.runtime.calls import past_length
 from reftlab.runtime.options import Options
 from reftlab.runtime.sources import Sources
 from reftlab.runtime.window import Layout
@@ -52,9 +51,9 @@ def generate(
     if layout is None and not model._calls.has_decoder:
         raise RunError("generate needs input_ids or inputs_embeds, (row, token)")
     with torch.no_grad():
-        supplies = Sources(model, options, named, sources, reads).supplies()
+        supplies = Sources(model, options, named, sources, reads, generating=True).supplies()
         run = model._run(BASE, {"tokens": layout} if layout else {}, supplies, options)
-        past = past_length(named)
+        past = model._calls.past(named)
         for bound in () if model._calls.knows_cache(named) else run.edits:
             if run.starts_before(bound, past):
                 raise RunError(

@@ -16,7 +16,7 @@ from reftlab.address import head_size, parse_path, portable_names, resolve
 from reftlab.errors import BindError, RunError
 from reftlab.runtime.axes import axes_of
 from reftlab.runtime.leaf import get_input, get_output
-from reftlab.runtime.scan import _sizes, example_inputs, moved, skeleton
+from reftlab.runtime.scan import example_inputs, moved, sizes_of, skeleton
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -161,7 +161,7 @@ def _widths(model: nn.Module, example: Any) -> dict[str, tuple[int | None, int |
     # Some models need values to run; what was seen until then is still right.
     with contextlib.suppress(RuntimeError, NotImplementedError, TypeError, ValueError), torch.no_grad():
         copy(*moved(args, torch.device("meta")), **moved(kwargs, torch.device("meta")))
-    rows, tokens = _sizes(args, kwargs)
+    rows, tokens = sizes_of(args, kwargs)
     widths = {}
     for name, shapes in seen.items():
         module = model.get_submodule(name)

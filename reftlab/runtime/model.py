@@ -14,7 +14,7 @@ from reftlab.errors import BindError, RunError, did_you_mean
 from reftlab.graph import BASE, InterventionGraph, Read
 from reftlab.runtime.bind import bind_nodes, bind_reads
 from reftlab.runtime.build import Interventions, built_for, gate_keys
-from reftlab.runtime.calls import Calls, Layouts, past_length
+from reftlab.runtime.calls import Calls, Layouts
 from reftlab.runtime.editing import Observer
 from reftlab.runtime.hooks import StopForward, turn_of
 from reftlab.runtime.options import Options
@@ -156,7 +156,7 @@ class BoundModel(nn.Module):
         supplies = Sources(self, options, named, sources, reads).supplies()
         layouts = self._calls.layouts(named, prompt)
         run = self._run(BASE, layouts, supplies, options)
-        past = past_length(named)
+        past = self._calls.past(named)
         continues = prompt is not None or past > 0
         output = self._call(run, self.model, args, kwargs)
         self._calls.remember(output, layouts, continues)
@@ -404,7 +404,7 @@ class BoundModel(nn.Module):
 
         def act(module: nn.Module, args: Any, kwargs: Any) -> None:
             decoder = None if "decoder" in run.chooser.frames else self._calls.decoder_prompt(args, kwargs)
-            run.move(self._calls.windows(args, kwargs), decoder)
+            run.move(self._calls.windows(args, kwargs, run.ended), decoder)
 
         return act
 

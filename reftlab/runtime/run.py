@@ -66,6 +66,8 @@ class Run:
         self._editor = Editor(interventions, self.chooser, options, self.supplies, observers)
         self.results: dict[str, Supply] = {}
         self.touched: dict[str, int] = {edit.key: 0 for edit in edits}
+        self.ended: int | None = None
+        """Where the last pass ended, for caches that do not say how long they are."""
         self._visits: dict[int, int] = {}
         self._missing = {read.label for read in reads} if stop_early else set()
         self._stop_early = stop_early
@@ -110,6 +112,7 @@ class Run:
     def move(self, windows: Mapping[str, tuple[int, int, int]], decoder: Layout | None = None) -> None:
         """Say which columns the next forward pass covers; see `Chooser.move`."""
         self._visits.clear()
+        self.ended = windows["tokens"][2] if "tokens" in windows else None
         self.chooser.move(windows, decoder)
 
     def _on_output(self, nodes: list[Node], owned: OwnedHooks) -> Any:

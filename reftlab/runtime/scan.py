@@ -18,7 +18,7 @@ from reftlab.runtime.axes import ATTENTION, Axes, Stream, axes_of
 from reftlab.runtime.leaf import get_input, get_output
 from reftlab.runtime.wrapped import device_of, eagerly, forget_wrapping, hidden_memo
 
-__all__ = ["SiteFacts", "example_inputs", "moved", "scan", "skeleton"]
+__all__ = ["SiteFacts", "example_inputs", "moved", "scan", "sizes_of", "skeleton"]
 
 _ROWS, _TOKENS, _DECODER_TOKENS = 2, 11, 7
 
@@ -76,7 +76,7 @@ def scan(model: nn.Module, sites: Iterable[Site], example: Any = None) -> dict[S
         raise
     except Exception as no_shapes:  # any failure here means that this model needs values to run
         facts = _watch_for_real(model, wanted, args, kwargs, no_shapes)
-    rows, tokens = _sizes(args, kwargs)
+    rows, tokens = sizes_of(args, kwargs)
     for site, fact in facts.items():
         module = model.get_submodule(site.module)
         found = axes_of(fact.shape, module, rows, tokens, fact.calls, site.module)
@@ -118,7 +118,8 @@ def _made_up(model: nn.Module) -> dict[str, Tensor]:
     config: Any = getattr(model, "config", None)
     main = getattr(model, "main_input_name", None) if config is not None else None
     text = getattr(config, "text_config", config)
-    longest = getattr(text, "max_position_embeddings", None) or _TOKENS
+    longest = getattr(text, "max_position_embeddings", None)
+    longest = longest if isinstance(longest, int) and longest > 0 else _TOKENS
     inputs: dict[str, Tensor] = {}
     if main == "input_ids":
         inputs["input_ids"] = torch.zeros(_ROWS, min(_TOKENS, longest), dtype=torch.long)
@@ -135,7 +136,7 @@ def _made_up(model: nn.Module) -> dict[str, Tensor]:
     return inputs
 
 
-def _sizes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int | None, dict[Stream, int]]:
+def sizes_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int | None, dict[Stream, int]]:
     """The example's number of rows, and of tokens by stream."""
     streams = {
         "tokens": ("input_ids", "inputs_embeds"),

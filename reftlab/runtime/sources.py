@@ -9,7 +9,6 @@ import torch
 
 from reftlab.errors import RunError, did_you_mean
 from reftlab.graph import BASE, Source
-from reftlab.runtime.calls import past_length
 from reftlab.runtime.options import Options
 from reftlab.runtime.places import BoundEdit, BoundRead
 from reftlab.runtime.supply import Supply, given
@@ -30,6 +29,7 @@ class Sources:
         inputs: inputs by source.
         reads: tensors in place of reads.
         wanted: reads of source runs that the caller wants, which are put in `results`.
+        generating: whether the base run is a generation, in which padded tokens are numbered by the mask.
 
     Raises:
         RunError: a name that the graph does not have, or a source without inputs.
@@ -43,8 +43,10 @@ class Sources:
         inputs: Mapping[str, Mapping[str, Any]] | None,
         reads: Mapping[str, Any] | None,
         wanted: tuple[BoundRead, ...] = (),
+        generating: bool = False,
     ) -> None:
         self.bound, self.options, self.named, self.wanted = bound, options, named, wanted
+        self._generating = generating
         self.results: dict[str, Supply] = {}
         self._nodes = {node.name: node for node in bound.graph if isinstance(node, Source)}
         self._edits = bound._active_edits(options)
@@ -65,6 +67,8 @@ class Sources:
             if name == BASE or not (feeding or asked):
                 continue
             inputs = self._inputs_of(name, feeding, asked)
+            if self._generating:
+                inputs = self.bound._calls.numbered(inputs)
             with torch.set_grad_enabled(self._nodes[name].grad and torch.is_grad_enabled()):
                 layouts = self.bound._calls.layouts(inputs)
                 run = self.bound._run(
@@ -85,7 +89,7 @@ class Sources:
         seen, run = [name], name
         while run not in self._inputs:
             shared = self._nodes[run].inputs if run != BASE else None
-            if run == BASE and past_length(self.named):
+            if run == BASE and self.bound._calls.past(self.named):
                 raise RunError(
                     f"run {name!r} takes the inputs of the base run, and this call continues a cache, so "
                     "that it "

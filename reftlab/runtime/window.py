@@ -9,7 +9,7 @@ positions come to under a layout.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -129,6 +129,9 @@ class Layout:
         labels = inputs.get("labels")
         if causal and isinstance(labels, Tensor) and labels.shape == (rows, width):
             answered = (labels.detach().cpu() != IGNORED_LABEL).long().cummax(dim=1).values.bool()
+        if bool(real.all()) and not bool(answered.any()):
+            whole = cls.everything(rows, width)
+            return replace(whole, ids=None if ids is None else ids.detach().cpu(), open=open)
         return cls(
             width,
             tuple((row & ~answer).nonzero()[:, 0] for row, answer in zip(real, answered, strict=True)),
@@ -173,18 +176,32 @@ class Layout:
             PositionError: a row does not have the position; the message names the row.
         """
         position.check_rows(self.rows)
-        parts = []
-        for row in range(self.rows):
-            places: list[Tensor] = []
-            prompt, answer = self.prompts[row], self.answers[row]
-            if phase != "decode":
-                places.append(self._in_prompt(position, row, tokenizer))
-            if phase != "prompt":
-                places.append(position.select_generated(len(answer)) + len(prompt))
-            numbers = torch.cat(places)
-            columns = torch.cat([prompt, answer])[numbers]
-            parts.append(Selection(torch.full_like(columns, row), columns, numbers))
+        if position.by_length and self.rows > 1 and self._alike:
+            one = self._select_row(position, phase, tokenizer, 0)
+            rows = torch.arange(self.rows).repeat_interleave(len(one))
+            return Selection(rows, one.columns.repeat(self.rows), one.numbers.repeat(self.rows))
+        parts = [self._select_row(position, phase, tokenizer, row) for row in range(self.rows)]
         return Selection.joined(parts)
+
+    @property
+    def _alike(self) -> bool:
+        """Whether all rows stand on the same columns, as without padding."""
+        return all(prompt is self.prompts[0] for prompt in self.prompts) and all(
+            answer is self.answers[0] for answer in self.answers
+        )
+
+    def _select_row(
+        self, position: Position, phase: Phase, tokenizer: PreTrainedTokenizerBase | None, row: int
+    ) -> Selection:
+        places: list[Tensor] = []
+        prompt, answer = self.prompts[row], self.answers[row]
+        if phase != "decode":
+            places.append(self._in_prompt(position, row, tokenizer))
+        if phase != "prompt":
+            places.append(position.select_generated(len(answer)) + len(prompt))
+        numbers = torch.cat(places)
+        columns = torch.cat([prompt, answer])[numbers]
+        return Selection(torch.full_like(columns, row), columns, numbers)
 
     def select_grown(self, position: Position, rows: int, start: int, stop: int) -> Selection:
         """The tokens that a position chooses among those generated in columns `[start, stop)`."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import reftlab as rl
-from tests.models import FAMILIES, batch_of
+from tests.models import FAMILIES, batch_of, with_position_ids
 from tests.oracle import (
     CASES,
     Case,
@@ -52,11 +52,12 @@ def sources_of(case: Case, side: str) -> dict[str, dict[str, Tensor]]:
     return {"other": batch_of(LENGTHS, side, seed=77)} if case.source else {}
 
 
-def source_vectors(case: Case, model: PreTrainedModel, side: str) -> Tensor | None:
+def source_vectors(case: Case, model: PreTrainedModel, side: str, numbered: bool = False) -> Tensor | None:
     if not case.source:
         return None
     batch = batch_of(LENGTHS, side, seed=77)
-    hidden = plain_read(model, raw_blocks(model)[BLOCK], batch)
+    # In a generation real tokens are numbered from each row's first one, in sources too.
+    hidden = plain_read(model, raw_blocks(model)[BLOCK], with_position_ids(batch) if numbered else batch)
     return gathered(hidden, columns_by_hand(batch["attention_mask"], ends))
 
 
@@ -94,7 +95,7 @@ def test_generation_equals_plain_hooks(any_model: PreTrainedModel, case: Case, s
         "max_new_tokens": 4, "do_sample": False, "output_scores": True, "return_dict_in_generate": True,
     }  # fmt: skip
     bare = any_model.generate(**batch, **options)
-    source = source_vectors(case, any_model, side)
+    source = source_vectors(case, any_model, side, numbered=True)
 
     def change(base: Tensor, given: Tensor | None, numbers: list[int]) -> Tensor:
         return case.formula(built, base, given, numbers)

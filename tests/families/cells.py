@@ -83,7 +83,7 @@ def is_image(name: str, site: str) -> bool:
 
 def bind(name: str, *nodes: Any) -> rl.BoundModel:
     """A graph of these nodes on the model; reftlab makes up inputs where it can."""
-    example = inputs_of(name) if name in ("gru", "mlp", "xlnet") else None
+    example = inputs_of(name) if name in ("gru", "mlp") else None
     return rl.InterventionGraph(*nodes).bind(model_of(name), example=example)
 
 

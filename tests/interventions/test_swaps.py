@@ -78,7 +78,7 @@ def sigmoid(x: Any) -> Any:
 
 def boundary(share: float, temperature: float) -> Any:
     places = np.arange(WIDTH) + 0.5
-    return sigmoid(places / temperature) * sigmoid((share * WIDTH - places) / temperature)
+    return sigmoid((share * WIDTH - places) / temperature)
 
 
 @pytest.mark.parametrize("temperature", [5.0, 0.7, 0.05])

@@ -201,6 +201,9 @@ class BoundModel(nn.Module):
         positions: Any = None,
         sources: Mapping[str, Mapping[str, Any]] | None = None,
         tasks: str | Sequence[str | None] | None = None,
+        subspace: Any = None,
+        scale: Mapping[str, Any] | None = None,
+        select: str | Sequence[str] | None = None,
         prompt: Mapping[str, Any] | None = None,
         grad: bool = False,
         **inputs: Any,
@@ -211,7 +214,7 @@ class BoundModel(nn.Module):
             *reads: sites such as `"blocks[5].output"`, `"blocks[5].output @ last"`, or `Read`
                 objects; without any, the graph's own reads, those in source runs included.
             positions: positions for those that name none.
-            sources, tasks, prompt: as for `forward`.
+            sources, tasks, subspace, scale, select, prompt: as for `forward`.
             grad: whether the vectors carry gradients.
             **inputs: the model's inputs.
 
@@ -227,7 +230,7 @@ class BoundModel(nn.Module):
             raise RunError(
                 "nothing to read: name sites, as in reft.read('blocks[5].output @ last', **inputs)"
             )
-        options = Options.of(self.graph, tasks)
+        options = Options.of(self.graph, tasks, subspace, scale, select)
         layouts = self._calls.layouts(inputs, prompt)
         there, here = [tuple(r for r in wanted if (r.run == BASE) is base) for base in (False, True)]
         runs = Sources(self, options, inputs, sources, None, there)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reftlab.graph import BASE
+from reftlab.runtime.build import gate_keys
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +30,7 @@ class PlanStep:
         positions: which tokens, and the phase where it is not the prompt's.
         width: number of features.
         does: the intervention and where its source comes from, in words.
-        parameters: number of trainable numbers.
+        parameters: number of trainable numbers; those that several edits share stand at the first.
     """
 
     run: str
@@ -101,7 +102,8 @@ class Plan:
 
 def plan_of(bound: BoundModel) -> Plan:
     """Work out the plan of a bound model."""
-    steps = [(edit.edit.run, edit.order, 1, _edit_step(bound, edit)) for edit in bound.edits]
+    counted: set[int] = set()
+    steps = [(edit.edit.run, edit.order, 1, _edit_step(bound, edit, counted)) for edit in bound.edits]
     fed = [read for edit in bound.edits for read in edit.reads]
     steps += [(read.run, read.order, 0, _read_step(read)) for read in fed]
     steps += [(read.run, read.order, 2, _read_step(read)) for read in bound._bound_reads]
@@ -115,8 +117,12 @@ def plan_of(bound: BoundModel) -> Plan:
     )
 
 
-def _edit_step(bound: BoundModel, place: BoundEdit) -> PlanStep:
-    edit, built = place.edit, bound.interventions[place.module]
+def _edit_step(bound: BoundModel, place: BoundEdit, counted: set[int]) -> PlanStep:
+    """An edit's step; numbers that several edits share are counted with the first of them."""
+    edit = place.edit
+    parts = [bound.interventions[name] for name in (place.module, *gate_keys(place))]
+    own = [p for part in parts for p in part.parameters() if p.requires_grad and id(p) not in counted]
+    counted.update(map(id, own))
     does = edit.intervention.describe()
     if edit.strength != 1.0:
         does += f" at strength {edit.strength:g}"
@@ -140,7 +146,7 @@ def _edit_step(bound: BoundModel, place: BoundEdit) -> PlanStep:
         str(edit.positions) + ("" if edit.phase == "prompt" else f", phase {edit.phase}"),
         place.width,
         does,
-        sum(p.numel() for p in built.parameters() if p.requires_grad),
+        sum(parameter.numel() for parameter in own),
     )
 
 

@@ -93,3 +93,19 @@ def test_shared_edits_have_one_intervention(any_model: Any) -> None:
             rl.Edit("a", at="blocks[0].output", intervention=rl.LoReFT(rank=2), share="one"),
             rl.Edit("b", at="blocks[0].output", intervention=rl.LoReFT(rank=3), share="one"),
         ).bind(any_model)
+
+
+def test_plans_count_shared_numbers_once_and_gates_too(llama: Any) -> None:
+    linked = trained(llama, "a", at="blocks[*].output", share="one")
+    assert linked.plan().parameters == sum(p.numel() for p in linked.interventions.parameters())
+    gated = trained(llama, "g", when=rl.gate("blocks[0].output"))
+    assert gated.plan().parameters == sum(p.numel() for p in gated.interventions.parameters())
+    assert gated.plan().parameters == trained(llama, "g").plan().parameters + llama.config.hidden_size + 1
+
+
+@torch.no_grad()
+def test_reads_see_the_chosen_edits_alone(llama: Any) -> None:
+    batch, read = batch_of((7, 4)), "blocks[2].output @ last"
+    a, b = trained(llama, "a"), trained(llama, "b", seed=1)
+    got = (a + b).read(read, **batch, select="b", scale={"b": 0.5})[read]
+    assert_close(got, b.scale("b", 0.5).read(read, **batch)[read])

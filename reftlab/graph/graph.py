@@ -129,8 +129,20 @@ class InterventionGraph:
         """
         if not isinstance(other, InterventionGraph):
             return NotImplemented
+        for run in set(self.sources) & set(other.sources):
+            mine, theirs = ([e for e in graph.edits if e.run == run] for graph in (self, other))
+            if mine != theirs:
+                named = ", ".join(repr(edit.name) for edit in (*mine, *theirs))
+                raise GraphError(
+                    f"both graphs have a run {run!r}, and only one of them edits it ({named}), so that the "
+                    "other "
+                    "would read what it did not ask for; rename one, as in "
+                    f"graph.rename({{{run!r}: 'other'}})"
+                )
         new = [node for node in other.nodes if not (isinstance(node, Source) and node in self.nodes)]
-        return InterventionGraph(*self.nodes, *new)
+        return InterventionGraph(
+            *self.nodes, *[n for n in new if not (isinstance(n, Edit) and n in self.nodes and n.run != BASE)]
+        )
 
     def __getitem__(self, name: str) -> Edit | Read | Source:
         for node in self.nodes:
@@ -148,15 +160,18 @@ class InterventionGraph:
         return len(self.nodes)
 
     def select(self, *names: str) -> InterventionGraph:
-        """Only the named edits and reads, and the sources that they need."""
+        """Only the named edits and reads, and the sources that they need, with those sources' edits."""
         kept = {self._named(name) for name in names}
-        runs = {node.run for node in kept if not isinstance(node, Source)}
-        runs |= {read.run for edit in kept if isinstance(edit, Edit) for read in edit.reads}
-        # A source may take another's inputs, so that one is needed too.
-        runs |= {n.inputs for n in self.nodes if isinstance(n, Source) and n.name in runs and n.inputs}
-        return InterventionGraph(
-            *[n for n in self.nodes if n in kept or (isinstance(n, Source) and n.name in runs)]
-        )
+        while True:
+            runs = {node.run for node in kept if not isinstance(node, Source)}
+            runs |= {read.run for edit in kept if isinstance(edit, Edit) for read in edit.reads}
+            runs |= {node.inputs or BASE for node in kept if isinstance(node, Source)} - {BASE}
+            # What edits read in a run is what the run's own edits have made of it.
+            needed: set[Node] = {n for n in self.nodes if isinstance(n, Source) and n.name in runs}
+            needed |= {n for n in self.edits if n.run in runs - {BASE}}
+            if needed <= kept:
+                return InterventionGraph(*[node for node in self.nodes if node in kept])
+            kept |= needed
 
     def scale(self, name: str, factor: float) -> InterventionGraph:
         """The graph with one edit's strength multiplied by `factor`."""
@@ -171,6 +186,8 @@ class InterventionGraph:
 
     def rename(self, names: Mapping[str, str]) -> InterventionGraph:
         """The graph with nodes renamed, `{"old": "new"}`; references to them follow."""
+        if not isinstance(names, Mapping):
+            raise GraphError(f"rename({names!r}): expected new names by old ones, as in {{'old': 'new'}}")
         for old in names:
             self._named(old)
         return self._mapped(lambda node: renamed(node, dict(names)))

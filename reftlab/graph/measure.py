@@ -42,6 +42,14 @@ class Expression:
             found.update(dict.fromkeys([part] if isinstance(part, Read) else part.reads))
         return tuple(found)
 
+    @property
+    def widths(self) -> dict[Read, int]:
+        """How many features the vectors of a read must have, for those that say so."""
+        found: dict[Read, int] = {}
+        for part in self._parts():
+            found.update({} if isinstance(part, Read) else part.widths)
+        return found
+
     def with_reads(self, change: Callable[[Read], Read]) -> Any:
         """The expression with every read changed."""
         raise NotImplementedError
@@ -133,6 +141,10 @@ class Projection(Measure):
             raise GraphError(f"{self!r}: the vectors read have {base.shape[1]} features")
         return base @ (self.direction / self.direction.norm()).to(base)
 
+    @property
+    def widths(self) -> dict[Read, int]:
+        return {self.of: len(self.direction)}
+
     def with_reads(self, change: Callable[[Read], Read]) -> Projection:
         return Projection(change(self.of), self.direction)
 
@@ -169,6 +181,10 @@ class Probability(Measure):
         if len(self.bias) > 1:
             return logits.softmax(dim=-1)[:, self.index]
         return torch.sigmoid(logits[:, 0] if self.index == 1 else -logits[:, 0])
+
+    @property
+    def widths(self) -> dict[Read, int]:
+        return {self.of: self.weight.shape[1]}
 
     def with_reads(self, change: Callable[[Read], Read]) -> Probability:
         return Probability(change(self.of), self.weight, self.bias, self.index)

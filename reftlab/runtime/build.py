@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from reftlab.errors import BindError
 from reftlab.graph import Gate
-from reftlab.interventions.gate import SoftGate
+from reftlab.interventions.gate import PassMean, SoftGate
 from reftlab.runtime.places import BoundEdit
 from reftlab.runtime.wrapped import device_of
 
-__all__ = ["Interventions", "built_for", "gate_keys"]
+__all__ = ["Interventions", "built_for", "forget_pass", "gate_keys"]
 
 
 class Interventions(nn.ModuleDict):
@@ -49,6 +49,7 @@ def built_for(
         device = device_of(model.get_submodule(bound.site.module), model)
         if bound.module not in built:
             built[bound.module] = given.get(bound.module) or _built(bound, model).to(device)
+        _check_directions(bound, built[bound.module])
         for key, gate in zip(gate_keys(bound), _gates(bound), strict=True):
             width = bound.when[gate.of].width
             if width == 0:
@@ -60,11 +61,32 @@ def built_for(
 
 def gate_keys(bound: BoundEdit) -> list[str]:
     """Names of an edit's soft gates among the interventions."""
-    return [f"{bound.module}(gate{number or ''})" for number in range(len(_gates(bound)))]
+    return [f"{bound.key}(gate{number or ''})" for number in range(len(_gates(bound)))]
 
 
 def _gates(bound: BoundEdit) -> tuple[Gate, ...]:
     return () if bound.edit.when is None else bound.edit.when.gates
+
+
+def _check_directions(bound: BoundEdit, built: nn.Module) -> None:
+    """Refuse a subspace that the intervention does not have."""
+    count = getattr(built, "directions", None)
+    wanted = [("subspace", bound.edit.subspace), *((f"tasks[{name!r}]", n) for name, n in bound.edit.tasks)]
+    for what, numbers in wanted:
+        if numbers is not None and (count is None or max(numbers) >= count):
+            have = "no directions" if count is None else f"directions 0 to {count - 1}"
+            raise BindError(
+                f"edit {bound.key!r}: {what}={list(numbers)}, and {bound.edit.intervention.describe()} has "
+                f"{have}"
+            )
+
+
+def forget_pass(intervention: nn.Module) -> None:
+    """Drop what an intervention noted in its last pass, which may be one that it had no part in."""
+    for module in intervention.modules():
+        if isinstance(module, PassMean):
+            module.start_pass()
+            module.end_pass()
 
 
 def _built(bound: BoundEdit, model: nn.Module) -> nn.Module:

@@ -161,9 +161,12 @@ class Calls:
         return Layout.of_decoder(self.named(args, kwargs), open=True) if self.has_decoder else None
 
     def forward_inputs(self, named: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of a call's arguments that another forward pass on the same inputs takes."""
-        kept = {key: value for key, value in named.items() if isinstance(value, Tensor)}
-        return {key: value for key, value in kept.items() if key in self._takes and key != "labels"}
+        """Those of a call's arguments that another forward pass on the same inputs takes.
+
+        Labels stay, since they say where the prompt ends.
+        """
+        left_out = ("past_key_values", "cache_params", "use_cache")
+        return {key: value for key, value in named.items() if key in self._takes and key not in left_out}
 
     def numbered(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Inputs of one pass with the position ids that `generate` would give them."""

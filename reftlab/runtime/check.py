@@ -43,11 +43,24 @@ def check_edit(bound: BoundEdit) -> None:
                 f"edit {bound.edit.name!r} at {bound.site} needs {read.site} of the same run, which is "
                 "reached later; read from another run, or from an earlier site"
             )
-    for read in bound.when.values():
+    widths = {} if bound.edit.when is None else bound.edit.when.widths
+    for node, read in bound.when.items():
         _check_tokens(bound, read)
+        if node in widths and read.width not in (0, widths[node]):
+            raise BindError(
+                f"edit {bound.edit.name!r}: its condition has {widths[node]} numbers for vectors of "
+                f"{read.width} "
+                f"features at {read.site}"
+            )
 
 
 def _check_tokens(bound: BoundEdit, read: BoundRead) -> None:
+    if read.positions.generated and not read.follows:
+        raise BindError(
+            f"edit {bound.edit.name!r}: its condition reads {str(read.positions)!r}; leave the positions "
+            "out, and it "
+            "is asked of the edit's own tokens, generated ones too"
+        )
     if read.follows and read.place.stream != bound.place.stream:
         raise BindError(
             f"edit {bound.edit.name!r}: its condition reads {read.site} at the edit's own tokens, and that "

@@ -139,6 +139,9 @@ class Chooser:
         if tokens < covered and place.site.module == self._head:
             # Logits are often computed for the last tokens alone.
             return replace(frame, start=frame.stop - tokens)
+        if tokens == covered and rows % max(1, frame.rows) == 0:
+            # A decoder looks at its encoder's tokens once for each beam.
+            return frame if rows == frame.rows else replace(frame, rows=rows)
         if tokens != covered or rows != frame.rows:
             raise RunError(
                 f"{place.site} has shape {tuple(tensor.shape)}, and this call covers {covered} tokens of "

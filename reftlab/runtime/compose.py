@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
 from reftlab.errors import BindError
 from reftlab.graph import InterventionGraph
+from reftlab.runtime.build import gate_keys
 from reftlab.runtime.model import BoundModel
 
 __all__ = ["added", "derived"]
@@ -34,7 +37,10 @@ def added(a: BoundModel, b: BoundModel) -> BoundModel:
             f"both have an intervention {both[0]!r}, each its own; choose another word for share= in one of "
             "them"
         )
-    return _bound(a, graph, {**mine, **theirs})
+    made = _bound(a, graph, {**mine, **theirs}, _common(a.facts, b.facts), b.tokenizer)
+    left = a._disabled | b._disabled
+    made._off = [(threading.get_ident(), left)] if left else []
+    return made
 
 
 def derived(
@@ -49,16 +55,34 @@ def derived(
     """
     kept = dict(bound.interventions.items())
     for old in bound.edits:
-        new = (names or {}).get(old.edit.name)
-        if new is None or old.edit.share is not None:
-            continue
-        for name in [n for n in kept if n == old.module or n.startswith(f"{old.module}(gate")]:
-            kept[new + name.removeprefix(old.edit.name)] = bound.interventions[name]
-    return _bound(bound, graph, kept)
+        new = (names or {}).get(old.edit.name, old.edit.name)
+        for name in (old.module, *gate_keys(old)):
+            if name != old.edit.share:
+                kept[new + name.removeprefix(old.edit.name)] = bound.interventions[name]
+    made = _bound(bound, graph, kept, dict(bound.facts))
+    left = frozenset((names or {}).get(name, name) for name in bound._disabled)
+    made._off = [(threading.get_ident(), left)] if left else []
+    return made
 
 
-def _bound(like: BoundModel, graph: InterventionGraph, built: Mapping[str, nn.Module]) -> BoundModel:
-    new = BoundModel(graph, like.model, like.tokenizer, example=like._example, built=built)
-    new._disabled = frozenset(name for name in like._disabled if name in {edit.name for edit in graph.edits})
-    new._calls = like._calls
+def _bound(
+    like: BoundModel,
+    graph: InterventionGraph,
+    built: Mapping[str, nn.Module],
+    facts: dict[str, Any],
+    tokenizer: Any = None,
+) -> BoundModel:
+    tokenizer = tokenizer if like.tokenizer is None else like.tokenizer
+    new = BoundModel(graph, like.model, tokenizer, example=like._example, built=built)
+    new.facts = facts
     return new
+
+
+def _common(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    """How two bound models came about: what both trainings share, and each one's own under `parts`."""
+    facts: dict[str, Any] = {"parts": [dict(a), dict(b)]}
+    first, second = a.get("training", {}), b.get("training", {})
+    both = {key: value for key, value in first.items() if key in second and second[key] == value}
+    if first.get("train_model") or second.get("train_model"):
+        both["train_model"] = True
+    return facts | ({"training": both} if both else {})

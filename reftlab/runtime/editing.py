@@ -47,7 +47,7 @@ class Editor:
 
     def edit(self, node: BoundEdit, tensor: Tensor, chosen: Chosen, frame: Frame) -> Tensor | None:
         """The site's tensor with the chosen vectors edited, or None where the edit acts on none."""
-        self._options.check_rows(frame.layout.rows)
+        self._options.check_rows(frame.layout.rows, node.edit)
         counts = self._counts(node, chosen, frame) if node.reads else None
         source = self._source(node, chosen, counts, frame)
         acts, share = self._acting(node, chosen, counts, frame)
@@ -56,7 +56,6 @@ class Editor:
                 return None
             chosen = chosen.where(acts)
             source = None if source is None else source[acts.to(source.device)]
-            share = share if not isinstance(share, Tensor) else share[acts.to(share.device)]
         index = node.place.features(tensor.shape[-1])
         base = gathered(tensor, chosen, frame, index)
         rows = chosen.vectors.rows // frame.group
@@ -113,6 +112,9 @@ class Editor:
         _check_new(new, base, node)
         if isinstance(factor, Tensor) or factor != 1.0:
             new = base + (factor.to(base) if isinstance(factor, Tensor) else factor) * (new - base)
+        if given.dtype == torch.float64:
+            # Worked out in float32 and added, so that what an edit leaves alone keeps all its digits.
+            new = given + (new - base).double()
         for see in self._observers:
             see(node, tokens, base, new, source)
         return new
@@ -127,7 +129,9 @@ class Editor:
         vectors = {}
         for read, bound in node.when.items():
             supply = self._supply(node, bound)
-            vectors[read] = aligned(supply, node, bound, chosen, counts, frame, per_row=True)
+            found = aligned(supply, node, bound, chosen, counts, frame, per_row=True)
+            # Rows of other tasks are not asked, so that a gate's penalty leaves them out.
+            vectors[read] = found if acts is None else found[acts.to(found.device)]
         gates = dict(
             zip(node.edit.when.gates, map(self._interventions.__getitem__, gate_keys(node)), strict=True)
         )
@@ -135,7 +139,9 @@ class Editor:
         if mask.dtype != torch.bool:
             return acts, mask
         mask = mask.cpu()
-        return mask if acts is None else acts & mask, None
+        if acts is not None:
+            mask = torch.zeros_like(acts).masked_scatter(acts, mask)
+        return mask, None
 
     def _source(
         self, node: BoundEdit, chosen: Chosen, counts: list[int] | None, frame: Frame
@@ -146,8 +152,7 @@ class Editor:
             return None
         supply = self._supply(node, read)
         if getattr(self._interventions[node.module], "averages_source", False):
-            rows = chosen.vectors.rows
-            return row_means(supply, rows if supply.here else rows // frame.group)
+            return row_means(supply, node, read, chosen, counts, frame)
         return aligned(supply, node, read, chosen, counts, frame, per_row=False)
 
     def _supply(self, node: BoundEdit, read: BoundRead) -> Supply:
@@ -167,7 +172,9 @@ def gathered(tensor: Tensor, chosen: Chosen, frame: Frame, index: Tensor | None)
     """The chosen vectors `(n, width)`, those that are joined one after the other in one."""
     whole = tensor[_where(chosen.tokens, frame, tensor)]
     part = whole if index is None else whole[:, index.to(whole.device)]
-    return part if chosen.joins == 1 else part.reshape(len(part) // chosen.joins, -1)
+    return (
+        part if chosen.joins == 1 else part.reshape(len(part) // chosen.joins, chosen.joins * part.shape[1])
+    )
 
 
 def _check_new(new: Any, base: Tensor, node: BoundEdit) -> None:

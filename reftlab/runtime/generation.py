@@ -30,6 +30,8 @@ def generate(
     """Call the model's own `generate` with its edits; see `BoundModel.generate`."""
     if not hasattr(model.model, "generate"):
         raise RunError(f"{type(model.model).__name__} has no generate")
+    if "prompt" in kwargs:
+        raise RunError("generate takes whole prompts; prompt= is for forward calls that cover a part of one")
     named = dict(kwargs) if not args else {"input_ids": args[0], **kwargs}
     if "inputs" in named:
         named["input_ids"] = named.pop("inputs")

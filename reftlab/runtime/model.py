@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from torch import nn
 from reftlab.errors import BindError, RunError, did_you_mean
 from reftlab.graph import BASE, InterventionGraph, Read
 from reftlab.runtime.bind import bind_nodes, bind_reads
-from reftlab.runtime.build import Interventions, built_for, gate_keys
+from reftlab.runtime.build import Interventions, built_for, forget_pass, gate_keys
 from reftlab.runtime.calls import Calls, Layouts
 from reftlab.runtime.editing import Observer
 from reftlab.runtime.hooks import StopForward, turn_of
@@ -87,7 +88,7 @@ class BoundModel(nn.Module):
         self.interventions = Interventions(built_for(self._bound_edits, model, built or {}))
         self.training = self.interventions.training = model.training
         self.facts: dict[str, Any] = {}
-        self._disabled: frozenset[str] = frozenset()
+        self._off: list[tuple[int, frozenset[str]]] = []
         self._observers: tuple[Observer, ...] = ()
         self._calls = Calls(model)
         self._ad_hoc: dict[tuple[Read, ...], tuple[BoundRead, ...]] = {}
@@ -153,9 +154,12 @@ class BoundModel(nn.Module):
             if layout is not None:
                 options.check_rows(layout.rows)
             return self.model(*args, **kwargs)
-        supplies = Sources(self, options, named, sources, reads).supplies()
+        for intervention in self.interventions.values():
+            forget_pass(intervention)
+        supplies = Sources(self, options, named, sources, reads, partial=prompt is not None).supplies()
         layouts = self._calls.layouts(named, prompt)
         run = self._run(BASE, layouts, supplies, options)
+        run.check_kept(named.get("logits_to_keep"))
         past = self._calls.past(named)
         continues = prompt is not None or past > 0
         output = self._call(run, self.model, args, kwargs)
@@ -255,12 +259,12 @@ class BoundModel(nn.Module):
         for name in names:
             if name not in known:
                 raise RunError(f"there is no edit {name!r}; there is {known}.{did_you_mean(name, known)}")
-        before = self._disabled
-        self._disabled = before | frozenset(names or known)
+        entry = (threading.get_ident(), frozenset(names or known))
+        self._off.append(entry)
         try:
             yield self
         finally:
-            self._disabled = before
+            self._off.remove(entry)
 
     @contextlib.contextmanager
     def watching(self, see: Observer) -> Iterator[BoundModel]:
@@ -293,6 +297,8 @@ class BoundModel(nn.Module):
         """
         from reftlab.runtime.compose import added
 
+        if isinstance(other, InterventionGraph):
+            raise BindError("this graph is not bound; bind it first, reft + graph.bind(reft.model)")
         return added(self, other) if isinstance(other, BoundModel) else NotImplemented
 
     def select(self, *names: str) -> BoundModel:
@@ -347,6 +353,12 @@ class BoundModel(nn.Module):
     def _repr_html_(self) -> str:
         return self.plan()._repr_html_()
 
+    @property
+    def _disabled(self) -> frozenset[str]:
+        """The edits that `disabled` blocks of this thread leave out."""
+        here = threading.get_ident()
+        return frozenset(name for thread, names in self._off for name in names if thread == here)
+
     def _active_edits(self, options: Options) -> tuple[BoundEdit, ...]:
         return tuple(
             b for b in self._bound_edits if b.edit.name not in self._disabled and options.acts(b.edit)
@@ -378,6 +390,8 @@ class BoundModel(nn.Module):
         stop_early: bool = False,
     ) -> Run:
         edits = tuple(bound for bound in self._active_edits(options) if bound.edit.run == name)
+        if name == BASE and layouts:
+            options.check_rows(next(iter(layouts.values())).rows)
         return Run(
             self.model, edits, reads, self.interventions, layouts, self.tokenizer, supplies, options,
             stop_early, self._observers,
@@ -423,4 +437,6 @@ def _heads(read: BoundRead) -> int | None:
 def _placed(read: str | Read, positions: Any) -> Read:
     """A read as an object, at the shared positions where it names none."""
     node = Read(read) if isinstance(read, str) else read
+    if not isinstance(node, Read):
+        raise RunError(f"read({read!r}): expected a site such as 'blocks[5].output @ last', or a Read")
     return node if node.positions is not None or positions is None else node.with_positions(positions)

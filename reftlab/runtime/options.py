@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reftlab.address import Position, parse_position
 from reftlab.errors import ReftlabError, RunError, did_you_mean
-from reftlab.graph import Edit, InterventionGraph
+from reftlab.graph import BASE, Edit, InterventionGraph
 from reftlab.interventions.base import number
 
 __all__ = ["Options"]
@@ -31,6 +31,7 @@ class Options:
         subspace: by edit, the directions of each row; one entry stands for all rows.
         scale: by edit, the factor of each row; one entry stands for all rows.
         positions: by edit, or by `edit.source` for its source, the tokens in place of its own.
+        listed: what was given row by row, with the edit's name (none for tasks) and how many rows.
     """
 
     select: frozenset[str] | None = None
@@ -38,6 +39,7 @@ class Options:
     subspace: Mapping[str, tuple[Directions, ...]] = field(default_factory=dict)
     scale: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     positions: Mapping[str, Position] = field(default_factory=dict)
+    listed: tuple[tuple[str, str, int], ...] = ()
 
     @classmethod
     def of(
@@ -63,26 +65,34 @@ class Options:
             {} if subspace is None else _subspaces(subspace, edits),
             {} if scale is None else _scales(scale, edits),
             {} if positions is None else _positions(positions, edits),
+            tuple(_listed(tasks, subspace, scale, edits)),
         )
 
-    def check_rows(self, rows: int) -> None:
-        """Refuse choices made for another number of rows than the batch has."""
-        lists: list[tuple[str, Sequence[Any]]] = [("tasks", self.tasks or ())]
-        lists += [(f"subspace[{name!r}]", value) for name, value in self.subspace.items()]
-        lists += [(f"scale[{name!r}]", value) for name, value in self.scale.items()]
-        for what, values in lists:
-            if len(values) > 1 and len(values) != rows:
-                raise RunError(f"{what} has {len(values)} entries and the batch {rows} rows; give one a row")
+    def check_rows(self, rows: int, edit: Edit | None = None) -> None:
+        """Refuse choices made for another number of rows than the batch has.
+
+        Args:
+            rows: of the batch.
+            edit: the edit whose choices matter; all of them where it is None.
+        """
+        for what, name, length in self.listed:
+            mine = edit is None or name == edit.name or (not name and self._chosen_by_task(edit))
+            if mine and length != rows:
+                raise RunError(f"{what} has {length} entries and the batch {rows} rows; give one a row")
 
     def acts(self, edit: Edit) -> bool:
         """Whether an edit acts in any row."""
-        if self.select is not None and edit.name not in self.select:
+        if edit.run == BASE and self.select is not None and edit.name not in self.select:
             return False
-        return self.tasks is None or any(row & set(edit.task_names) for row in self.tasks)
+        return not self._chosen_by_task(edit) or any(row & set(edit.task_names) for row in self.tasks or ())
+
+    def _chosen_by_task(self, edit: Edit) -> bool:
+        """Whether tasks decide where an edit acts; one in a source run belongs to whoever reads that run."""
+        return self.tasks is not None and (edit.run == BASE or bool(edit.tasks))
 
     def rows_of(self, edit: Edit, rows: Int[Tensor, " n"]) -> Bool[Tensor, " n"] | None:
         """For each vector's row of the prompts, whether the edit acts there; None for everywhere."""
-        if self.tasks is None:
+        if self.tasks is None or not self._chosen_by_task(edit):
             return None
         names = set(edit.task_names)
         return _each([bool(row & names) for row in self.tasks], rows)
@@ -139,13 +149,28 @@ class Options:
 _PLAIN = Options()
 
 
+def _listed(
+    tasks: Any, subspace: Any, scale: Any, edits: Mapping[str, Edit]
+) -> Iterator[tuple[str, str, int]]:
+    """What a call gives row by row: how it is called, the edit that it is for, and how many rows it has."""
+    if tasks is not None and not isinstance(tasks, str):
+        yield "tasks", "", len(tasks)
+    by_edit = subspace if isinstance(subspace, Mapping) else dict.fromkeys(edits, subspace)
+    for name, value in by_edit.items():
+        if isinstance(value, list | tuple) and _nested(value):
+            yield f"subspace[{name!r}]", name, len(value)
+    for name, value in (scale or {}).items():
+        if isinstance(value, list | tuple) or (hasattr(value, "tolist") and value.ndim):
+            yield f"scale[{name!r}]", name, len(value)
+
+
 def _each(values: Sequence[Any], rows: Int[Tensor, " n"]) -> Tensor:
     table = torch.tensor(values)
     return table[rows] if len(table) > 1 else table.expand(len(rows))
 
 
 def _named(what: str, name: Any, edits: Mapping[str, Edit]) -> str:
-    if name not in edits:
+    if not isinstance(name, str) or name not in edits:
         raise RunError(
             f"{what}: there is no edit {name!r}; there is {list(edits)}.{did_you_mean(str(name), edits)}"
         )
@@ -166,7 +191,7 @@ def _tasks(given: Any, graph: InterventionGraph) -> tuple[frozenset[str], ...]:
     known, result = graph.tasks, []
     for row in rows:
         names = [] if row is None else row.split("+") if isinstance(row, str) else row
-        if not isinstance(names, list | tuple):
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             raise RunError(f"tasks={given!r}: {row!r} is no task; expected 'emoji', 'formal+emoji' or None")
         for name in names:
             if name.strip() not in known:
@@ -219,8 +244,10 @@ def _scales(given: Any, edits: Mapping[str, Edit]) -> dict[str, tuple[float, ...
         raise RunError(f"scale={given!r}: expected a factor by edit, as in scale={{'emoji': 0.5}}")
     found = {}
     for name, value in given.items():
-        rows = value.tolist() if isinstance(value, Tensor) and value.dim() else value
+        rows = value.tolist() if hasattr(value, "tolist") else value
         rows = rows if isinstance(rows, list | tuple) else [rows]
+        if not rows:
+            raise RunError(f"scale[{name!r}]={value!r}: expected a factor, or one a row")
         try:
             found[_named("scale", name, edits)] = tuple(number(row, f"scale[{name!r}]") for row in rows)
         except ReftlabError as error:

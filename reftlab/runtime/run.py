@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from reftlab.address import ATTENTION_SIDES
+from reftlab.address import ATTENTION_SIDES, head_name
 from reftlab.errors import RunError, UntouchedEditWarning
 from reftlab.runtime.attention import SoftmaxWatch, eager_attention
 from reftlab.runtime.calls import Layouts
@@ -66,14 +66,14 @@ class Run:
         self._editor = Editor(interventions, self.chooser, options, self.supplies, observers)
         self.results: dict[str, Supply] = {}
         self.touched: dict[str, int] = {edit.key: 0 for edit in edits}
+        self._continues = False
         self.ended: int | None = None
         """Where the last pass ended, for caches that do not say how long they are."""
+        self._empty: set[str] = set()
         self._visits: dict[int, int] = {}
         self._missing = {read.label for read in reads} if stop_early else set()
         self._stop_early = stop_early
         self._watch = SoftmaxWatch()
-        if self.chooser.rows is not None:
-            options.check_rows(self.chooser.rows)
 
     @contextlib.contextmanager
     def hooks(self) -> Iterator[OwnedHooks]:
@@ -99,19 +99,26 @@ class Run:
 
     def _nodes(self) -> Iterator[Node]:
         """This run's nodes in the order in which they act where they share a site."""
-        seen: set[str] = set()
+        later: list[Node] = []
         for edit in self.edits:
-            # A read that an edit needs at its own site takes the value from right before that edit.
             for read in edit.reads:
-                if read.run == edit.edit.run and read.label not in self.supplies and read.label not in seen:
-                    seen.add(read.label)
+                if read.run != edit.edit.run or read.label in self.supplies:
+                    continue
+                # At the edit's own site a read takes the value from right before that edit, at any other
+                # site what all edits there have made.
+                if (read.site.module, read.site.side) == (edit.site.module, edit.site.side):
                     yield read
+                else:
+                    later.append(read)
             yield edit
+        yield from later
         yield from self.reads
 
     def move(self, windows: Mapping[str, tuple[int, int, int]], decoder: Layout | None = None) -> None:
         """Say which columns the next forward pass covers; see `Chooser.move`."""
         self._visits.clear()
+        starts = [start for _, start, _ in windows.values()]
+        self._continues = bool(starts) and max(starts) > 0
         self.ended = windows["tokens"][2] if "tokens" in windows else None
         self.chooser.move(windows, decoder)
 
@@ -182,7 +189,10 @@ class Run:
             RunError: an edit of the prompt was not reached.
         """
         for bound in self.edits:
-            reached = self.touched[bound.key] or (continues and not self.expects(bound))
+            # Positions that a call gives may leave an edit of a site's own tokens none.
+            reached = (
+                self.touched[bound.key] or bound.key in self._empty or (continues and not self.expects(bound))
+            )
             if not reached and bound.edit.phase != "decode":
                 if not self._chooses_any(bound):
                     continue
@@ -197,6 +207,16 @@ class Run:
                     f"edit {bound.key!r} acts on the prompt, which ended with the cache's first call, so it "
                     "leaves these further tokens out; where they belong to the prompt, give all of it as "
                     "prompt="
+                )
+
+    def check_kept(self, kept: Any) -> None:
+        """Refuse an edit of logits of which the call keeps only some, chosen by number."""
+        for bound in self.edits:
+            if isinstance(kept, Tensor) and bound.site.module == head_name(self.model):
+                raise RunError(
+                    f"edit {bound.key!r} acts on logits, and logits_to_keep={kept.tolist()} leaves out some "
+                    "of them "
+                    "by number; give a number of last tokens, or leave it out"
                 )
 
     def check_generated(self) -> None:
@@ -240,6 +260,8 @@ class Run:
             self._keep(node, gathered(tensor, chosen, frame, place.features(tensor.shape[-1])), chosen, frame)
             return None
         if len(chosen) == 0:
+            if place.stream == "own":
+                self._empty.add(node.key)
             return None
         self.touched[node.key] += len(chosen)
         with torch.autocast(tensor.device.type, enabled=False), owned.paused():
@@ -248,10 +270,12 @@ class Run:
 
     def _keep(self, node: BoundRead, vectors: Tensor, chosen: Chosen, frame: Frame) -> None:
         """Note what a read has taken; one that this pass does not reach keeps what it had."""
-        supply = Supply(vectors, chosen.vectors, frame.rows, here=True)
+        layout = frame.layout if node.place.site_width is None else None
+        supply = Supply(vectors, chosen.vectors, frame.rows, here=True, layout=layout)
         before = self.results.get(node.label)
-        if before is not None and not len(chosen) and not node.follows:
-            return
+        if before is not None and not node.follows and self._continues:
+            # Chunks of one prompt, or steps of one generation: what was read before stays.
+            supply = _together(before, supply) if len(chosen) else before
         self.results[node.label] = self.supplies[node.label] = supply
         if before is not None and node.place.stream == "calls":
             self.results[node.label] = _together(before, supply)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,7 @@ class Sources:
         reads: tensors in place of reads.
         wanted: reads of source runs that the caller wants, which are put in `results`.
         generating: whether the base run is a generation, in which padded tokens are numbered by the mask.
+        partial: whether the base run covers only a part of its prompt.
 
     Raises:
         RunError: a name that the graph does not have, or a source without inputs.
@@ -44,9 +46,10 @@ class Sources:
         reads: Mapping[str, Any] | None,
         wanted: tuple[BoundRead, ...] = (),
         generating: bool = False,
+        partial: bool = False,
     ) -> None:
         self.bound, self.options, self.named, self.wanted = bound, options, named, wanted
-        self._generating = generating
+        self._generating, self._partial = generating, partial
         self.results: dict[str, Supply] = {}
         self._nodes = {node.name: node for node in bound.graph if isinstance(node, Source)}
         self._edits = bound._active_edits(options)
@@ -78,7 +81,7 @@ class Sources:
             for read in (*feeding, *asked):
                 if read.label in run.results:
                     found = run.results[read.label]
-                    taken = Supply(found.vectors, found.tokens, found.rows)
+                    taken = replace(found, here=False)
                     (self.results if read in asked else supplies)[read.label] = taken
         return supplies
 
@@ -89,11 +92,10 @@ class Sources:
         seen, run = [name], name
         while run not in self._inputs:
             shared = self._nodes[run].inputs if run != BASE else None
-            if run == BASE and self.bound._calls.past(self.named):
+            if run == BASE and (self._partial or self.bound._calls.past(self.named)):
                 raise RunError(
-                    f"run {name!r} takes the inputs of the base run, and this call continues a cache, so "
-                    "that it "
-                    f"has only a part of them; give it its own, sources={{{name!r}: tokenizer(...)}}"
+                    f"run {name!r} takes the inputs of the base run, and this call covers a part "
+                    f"of them alone; give it its own, sources={{{name!r}: tokenizer(...)}}"
                 )
             if run == BASE:
                 return self.bound._calls.forward_inputs(self.named)
@@ -110,24 +112,34 @@ class Sources:
 
     def _labels(self, name: str) -> list[str]:
         """The reads that a key of `reads=` stands for."""
-        fed: list[tuple[BoundEdit, BoundRead]] = [(b, b.source) for b in self._edits if b.source is not None]
+        fed: list[tuple[BoundEdit, BoundRead, str | None]] = [
+            (b, b.source, b.edit.source.name)
+            for b in self._edits
+            if b.source is not None and b.edit.source is not None
+        ]
+        fed += [
+            (b, bound, node.name)
+            for b in self._edits
+            for node, bound in b.when.items()
+            if bound.run != b.edit.run
+        ]
         for matches in (
-            [read for bound, read in fed if name in (bound.key, bound.edit.name)],
-            [read for bound, read in fed if bound.edit.source is not None and bound.edit.source.name == name],
+            [read for bound, read, _ in fed if read is bound.source and name in (bound.key, bound.edit.name)],
+            [read for _, read, called in fed if called == name],
         ):
             if matches:
                 return [read.label for read in matches]
-        of_run = [read for _, read in fed if read.run == name]
+        of_run = [read for _, read, _ in fed if read.run == name]
         if len(of_run) == 1:
             return [of_run[0].label]
         if of_run:
-            users = ", ".join(repr(bound.key) for bound, read in fed if read.run == name)
+            users = ", ".join(repr(bound.key) for bound, read, _ in fed if read.run == name)
             raise RunError(
                 f"reads[{name!r}]: {len(of_run)} edits read from that run, {users}; give the tensor under "
                 "the "
                 "edit's name"
             )
-        known = [bound.edit.name for bound, _ in fed] + list(self._nodes)
+        known = [bound.edit.name for bound, *_ in fed] + list(self._nodes)
         raise RunError(
             f"reads has {name!r}, which is no edit with a source, no read and no run; there is "
             f"{known}.{did_you_mean(str(name), known)}"

@@ -11,7 +11,7 @@ from torch import Tensor
 from reftlab.errors import RunError
 from reftlab.runtime.choose import Chosen, Frame
 from reftlab.runtime.places import BoundEdit, BoundRead
-from reftlab.runtime.window import Selection
+from reftlab.runtime.window import Layout, Selection
 
 __all__ = ["Supply", "aligned", "given", "row_means"]
 
@@ -25,13 +25,15 @@ class Supply:
         tokens: where they come from, one token for each vector; None for vectors that a call gives
             without saying of which tokens.
         rows: number of rows of the batch that they come from.
-        here: whether they come from the same pass as the edit that they are for.
+        here: whether they come from the same run as the edit that they are for.
+        layout: for attention scores and patterns, whose keys are its columns.
     """
 
     vectors: Tensor
     tokens: Selection | None
     rows: int
     here: bool = False
+    layout: Layout | None = None
 
     @property
     def counts(self) -> list[int]:
@@ -90,50 +92,96 @@ def aligned(
     tokens, device = chosen.vectors, supply.vectors.device
     if supply.tokens is None:
         return _unplaced(supply, node, chosen, counts, frame)
-    rows = tokens.rows if supply.here else tokens.rows // frame.group
-    need = tokens.counts(frame.rows) if supply.here else counts
-    have = supply.counts
-    number = frame.rows if supply.here else frame.layout.rows
-    if supply.rows == 1:
-        rows, have = torch.zeros_like(rows), have * number
-    if len(have) != number:
-        raise RunError(
-            f"edit {node.key!r}: its source run {read.run!r} has {len(have)} rows, this one {number}; give "
-            "as many, or one for all"
-        )
-    if per_row and not read.follows and all(count == 1 for count in have):
-        return supply.vectors[rows.to(device)]
-    for row, (offered, needed) in enumerate(zip(have, have if need is None else need, strict=True)):
-        if offered != needed:
+    if supply.here and read.follows:
+        return supply.vectors
+    if supply.layout is not None:
+        _check_keys(supply.layout, frame.layout, node, read)
+    have, rows = _rows_of(supply, node, read, tokens.rows, frame)
+    if per_row and not read.follows and all(have[row] == 1 for row in set(rows.tolist())):
+        starts = torch.tensor([0, *have]).cumsum(0)
+        return supply.vectors[starts[rows].to(device)]
+    number = frame.layout.rows
+    offered = have * number if len(have) == 1 else have[:: max(1, len(have) // number)]
+    partly = supply.here and frame.stop - frame.start < frame.layout.width
+    for row, (there, needed) in enumerate(zip(offered, offered if counts is None else counts, strict=True)):
+        if there != needed and not (partly and there < needed):
             kind = "condition" if per_row else "source"
             raise RunError(
                 f"edit {node.key!r}: row {row} edits {needed} tokens ({node.edit.positions}) and its {kind} "
-                f"offers {offered} ({read.positions} in run {read.run!r}); they must be as many"
+                f"offers {there} ({read.positions} in run {read.run!r}); they must be as many"
             )
-    if supply.here:
-        return supply.vectors
-    ranks, most = chosen.vector_ranks, supply.counts
-    if len(ranks) and bool((ranks >= torch.tensor(most)[rows]).any()):
+    ranks, most = chosen.vector_ranks, torch.tensor(have)
+    if len(ranks) and bool((ranks >= most[rows]).any()):
         raise RunError(
-            f"edit {node.key!r}: its source offers {max(most)} time steps in run {read.run!r}, and this run "
-            "goes "
-            "on longer"
+            f"edit {node.key!r} needs more of {read.site} ({read.positions} in run {read.run!r}) than was "
+            "read so "
+            "far; run the prompt in one piece"
         )
-    starts = torch.tensor([0, *most]).cumsum(0)
+    starts = torch.tensor([0, *have]).cumsum(0)
     return supply.vectors[(starts[rows] + ranks).to(device)]
 
 
-def row_means(supply: Supply, rows: Tensor) -> Tensor:
-    """For each of `rows` the mean vector of that row, `(n, width)`."""
-    if supply.tokens is None:
-        return (
-            supply.vectors.float().mean(0).expand(len(rows), -1) if supply.rows == 1 else supply.vectors[rows]
+def _rows_of(
+    supply: Supply, node: BoundEdit, read: BoundRead, rows: Tensor, frame: Frame
+) -> tuple[list[int], Tensor]:
+    """How many vectors each row of a supply has, and its rows for `rows` of the batch."""
+    have = supply.counts
+    if len(have) == 1:
+        return have, torch.zeros_like(rows)
+    # Beams stand beside one another; what an encoder was read for stands for all of a row's.
+    expected = (frame.layout.rows, frame.rows) if supply.here else (frame.layout.rows,)
+    if len(have) not in expected:
+        raise RunError(
+            f"edit {node.key!r}: its source run {read.run!r} has {len(have)} rows, this one "
+            f"{frame.layout.rows}; "
+            "give as many, or one for all"
         )
+    return have, rows // max(1, frame.rows // len(have))
+
+
+def _check_keys(there: Layout, here: Layout, node: BoundEdit, read: BoundRead) -> None:
+    """Refuse attention rows whose keys are other columns, or padded on other sides."""
+    pairs = zip(there.prompts, here.prompts, strict=False)
+    if there.rows == here.rows and not all(a is b or torch.equal(a, b) for a, b in pairs):
+        raise RunError(
+            f"edit {node.key!r}: the keys of {read.site} are the columns of the batch, and run {read.run!r} "
+            "is "
+            "padded otherwise than this one; give both the same padding and lengths"
+        )
+
+
+def row_means(
+    supply: Supply, node: BoundEdit, read: BoundRead, chosen: Chosen, counts: list[int] | None, frame: Frame
+) -> Tensor:
+    """For each of an edit's vectors the mean of what was read in its row, `(n, width)`.
+
+    Raises:
+        RunError: another number of rows, or a row of which nothing was read.
+    """
+    if supply.tokens is None:
+        number = frame.layout.rows
+        per_row = len(supply.vectors) in (1, number)
+        if not per_row and (counts is None or len(supply.vectors) != sum(counts)):
+            raise RunError(
+                f"edit {node.key!r}: reads= gives it {len(supply.vectors)} vectors for {number} rows; give "
+                "one a "
+                "row, one for all, or one for each vector that it edits"
+            )
+        owner = (
+            torch.arange(len(supply.vectors))
+            if per_row
+            else torch.arange(number).repeat_interleave(torch.tensor(counts))
+        )
+        supply = Supply(supply.vectors, Selection(owner, owner, owner), int(owner.max()) + 1)
+    have, rows = _rows_of(supply, node, read, chosen.vectors.rows, frame)
+    missing = [row for row in rows.tolist() if have[row] == 0]
+    if missing:
+        raise RunError(f"edit {node.key!r}: row {missing[0]} has no vector of {read.site} to average")
     device = supply.vectors.device
-    number = torch.tensor(supply.counts, device=device)
-    sums = supply.vectors.float().new_zeros(supply.rows, supply.vectors.shape[1])
+    sums = supply.vectors.float().new_zeros(len(have), supply.vectors.shape[1])
+    assert supply.tokens is not None
     sums = sums.index_add(0, supply.tokens.rows.to(device), supply.vectors.float())
-    return (sums / number[:, None])[(rows if supply.rows > 1 else torch.zeros_like(rows)).to(device)]
+    return (sums / torch.tensor(have, device=device)[:, None])[rows.to(device)]
 
 
 def _unplaced(

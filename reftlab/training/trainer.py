@@ -249,6 +249,9 @@ class _Trainer(Trainer):
             self.penalties += float(penalty.detach()) / batches
             if self.logged_at is None:
                 self.logged_at = self.state.global_step
+        if not loss.requires_grad:
+            # Nothing that learns acted on this batch: its condition was false, or its task has no numbers.
+            loss = loss + sum(0.0 * p.sum() for p in self.model.parameters() if p.requires_grad)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -333,8 +336,9 @@ class _Watcher(TrainerCallback):
 
 
 def _parts(reft: BoundModel) -> list[Intervention | SoftGate]:
-    """The bound model's interventions and gates; a shared one is there once."""
-    return [part for part in reft.interventions.values() if isinstance(part, Intervention | SoftGate)]
+    """The bound model's interventions and gates; one that stands under several names is there once."""
+    found = {id(part): part for part in reft.interventions.values()}
+    return [part for part in found.values() if isinstance(part, Intervention | SoftGate)]
 
 
 def _tell_progress(reft: BoundModel, state: Any) -> None:

@@ -205,5 +205,5 @@ def test_a_source_on_the_bases_inputs_is_refused_where_the_base_continues_a_cach
     )
     reft = graph.bind(llama)
     cache = reft(**batch, use_cache=True).past_key_values
-    with pytest.raises(rl.RunError, match="continues a cache"):
+    with pytest.raises(rl.RunError, match="covers a part of them alone"):
         reft(input_ids=batch["input_ids"][:, :1], past_key_values=cache)

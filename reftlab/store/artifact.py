@@ -169,8 +169,9 @@ def _refuse_foreign(folder: Path) -> None:
     }
     for name, library in foreign.items():
         if (folder / name).is_file():
+            way = "reftlab.compat.pyreft.load_artifact(folder, model)" if pyreft else library
             raise ArtifactError(
-                f"{folder} was written by {library} ({name} is in it), not by reftlab; load it with {library}"
+                f"{folder} was written by {library} ({name} is in it), not by reftlab; load it with {way}"
             )
 
 

@@ -112,7 +112,7 @@ def test_patterns_are_swapped_between_runs_and_in_generation(llama: Any) -> None
     read = "blocks[1].attn.pattern"
     got = reft.read(read, sources={"other": other}, **batch)[f"{read} @ all"]
     assert_close(got, rl.InterventionGraph().bind(llama).read(read, **other)[f"{read} @ all"])
-    with pytest.raises(rl.RunError, match="source's vectors are"):
+    with pytest.raises(rl.RunError, match="padded otherwise"):
         reft(
             **batch,
             sources={"other": batch_of((6, 8), seed=4) | {}},

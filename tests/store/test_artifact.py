@@ -137,7 +137,7 @@ def _transformers(folder, model):
 def test_folders_of_other_libraries_are_recognised_and_kept(make, library, bound, small_model, tmp_path):
     make(tmp_path / "theirs", small_model)
     before = contents(tmp_path / "theirs")
-    with pytest.raises(ArtifactError, match=f"was written by {library} .*load it with {library}"):
+    with pytest.raises(ArtifactError, match=f"was written by {library} "):
         load(tmp_path / "theirs", small_model)
     with pytest.raises(ArtifactError, match="is not a reftlab artifact; save to a new or empty folder"):
         save(bound, tmp_path / "theirs")

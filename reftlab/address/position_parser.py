@@ -109,6 +109,8 @@ def _named(scanner: Scanner, start: int) -> Position:
         return _counted(scanner, kind, count, start)
     if word in ("span", "token", "after"):
         return _text(scanner, {"span": Span, "token": Token, "after": After}[word])
+    if word == "generated" and not scanner.peek("("):
+        return Generated()
     if word in ("rows", "joined", "generated"):
         scanner.expect("(")
         term = {"rows": _rows, "joined": _joined, "generated": _generated}[word](scanner, start)

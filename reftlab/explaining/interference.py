@@ -45,7 +45,7 @@ class SharedPlace:
         chance: what `overlap` is on average for random subspaces of these sizes.
         commutator: mean of `‖a(b(h)) − b(a(h))‖` over mean of `‖a(h) − h‖ + ‖b(h) − h‖`, for the
             vectors h of the inputs: 0 where their order does not matter; None where they do not act
-            on the same tokens of the prompt, or take values from other runs.
+            on the same tokens of the prompt, take values from elsewhere, or act under a condition.
         vectors: number of vectors that the commutator was measured on.
     """
 
@@ -61,10 +61,10 @@ class SharedPlace:
 
 @dataclass(frozen=True)
 class EditPair:
-    """Two edits.
+    """Two edits, or what two tasks have of one.
 
     Attributes:
-        a, b: names of the edits.
+        a, b: names of the edits, `edit (task)` where a task has directions of its own.
         places: where both act.
         interaction: what the logits after the prompt, with both edits, differ from the sum of the
             edits' single effects, over the sum of the lengths of those effects: 0 where the effects add
@@ -157,16 +157,39 @@ def interference(reft: BoundModel, prompts: Any) -> Interference:
     """
     inputs = _inputs(reft, prompts)
     rows = len(next(iter(inputs.values())))
-    names = [edit.name for edit in reft.graph.edits]
+    units = _units(reft)
     with evaluating(reft), torch.no_grad():
         effects = _Effects(reft, inputs)
         pairs = []
-        for a, b in combinations(names, 2):
-            mine, theirs = ([bound for bound in reft.edits if bound.edit.name == name] for name in (a, b))
-            shared = [(x, y) for x in mine for y in theirs if _same_place(x, y)]
-            places = tuple(_measured(reft, x, y, inputs) for x, y in shared)
-            pairs.append(EditPair(a, b, places, effects.interaction(a, b)))
+        for a, b in combinations(units, 2):
+            shared = [(x, y) for x in a.bound for y in b.bound if _same_place(x, y)]
+            places = tuple(_measured(reft, (x, a), (y, b), inputs) for x, y in shared)
+            pairs.append(EditPair(a.name, b.name, places, effects.interaction(a, b)))
     return Interference(tuple(pairs), rows)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """An edit, or what one task has of it: the directions of its basis that the task acts in."""
+
+    name: str
+    edit: str
+    directions: tuple[int, ...] | None
+    bound: tuple[BoundEdit, ...]
+
+    def key(self, bound: BoundEdit) -> str:
+        return bound.key + self.name.removeprefix(self.edit)
+
+
+def _units(reft: BoundModel) -> list[_Unit]:
+    units = []
+    for edit in reft.graph.edits:
+        bound = tuple(b for b in reft.edits if b.edit.name == edit.name)
+        by_task = [(task, chosen) for task, chosen in edit.tasks if chosen is not None]
+        units += [_Unit(f"{edit.name} ({task})", edit.name, chosen, bound) for task, chosen in by_task]
+        if not by_task:
+            units.append(_Unit(edit.name, edit.name, edit.subspace, bound))
+    return units
 
 
 def principal_angles(a: Float[Tensor, "width r"], b: Float[Tensor, "width s"]) -> Float[Tensor, " k"]:
@@ -210,23 +233,27 @@ class _Effects:
         self._read = None if head is None else Read(f"{head}.output", "last", name="logits")
         self._known: dict[frozenset[str], Tensor] = {}
 
-    def interaction(self, a: str, b: str) -> float | None:
+    def interaction(self, a: _Unit, b: _Unit) -> float | None:
         needs = {read.run for edit in self.reft.graph.edits for read in edit.reads} - {BASE}
-        if self._read is None or needs:
+        given = any(str(unit.bound[0].edit.positions) == "given" for unit in (a, b))
+        if self._read is None or needs or given:
             return None
-        none, one, other, both = (self._logits(*names) for names in ((), (a,), (b,), (a, b)))
+        none, one, other, both = (self._logits(*units) for units in ((), (a,), (b,), (a, b)))
         first, second = one - none, other - none
         size = first.norm(dim=-1) + second.norm(dim=-1)
         return float((both - none - first - second).norm(dim=-1).mean() / size.mean().clamp(min=1e-12))
 
-    def _logits(self, *names: str) -> Tensor:
-        key = frozenset(names)
+    def _logits(self, *units: _Unit) -> Tensor:
+        key = frozenset(unit.name for unit in units)
         if key not in self._known:
             assert self._read is not None
-            off = [edit.name for edit in self.reft.graph.edits if edit.name not in names]
-            part = self.reft.disabled(*off) if off else self.reft.watching(lambda *_: None)
-            with part:
-                self._known[key] = self.reft.read(self._read, **self.inputs)["logits"][:, 0].float()
+            chosen: dict[str, Any] = {}
+            for unit in units:
+                if unit.directions is not None:
+                    chosen[unit.edit] = sorted({*chosen.get(unit.edit, ()), *unit.directions})
+            select = [unit.edit for unit in units]
+            found = self.reft.read(self._read, **self.inputs, select=select, subspace=chosen)
+            self._known[key] = found["logits"][:, 0].float()
         return self._known[key]
 
 
@@ -253,9 +280,11 @@ def _same_place(x: BoundEdit, y: BoundEdit) -> bool:
     return here == there and (x.width, x.edit.run, x.edit.view) == (y.width, y.edit.run, y.edit.view)
 
 
-def _measured(reft: BoundModel, x: BoundEdit, y: BoundEdit, inputs: Mapping[str, Any]) -> SharedPlace:
-    built = [reft.interventions[bound.module] for bound in (x, y)]
-    bases = [write_basis(module) for module in built]
+Acting = tuple[BoundEdit, _Unit]
+
+
+def _measured(reft: BoundModel, x: Acting, y: Acting, inputs: Mapping[str, Any]) -> SharedPlace:
+    bases = [_written(reft.interventions[bound.module], unit) for bound, unit in (x, y)]
     angles: tuple[float, ...] = ()
     overlap = chance = None
     if all(basis is not None and basis.shape[1] for basis in bases):
@@ -267,26 +296,44 @@ def _measured(reft: BoundModel, x: BoundEdit, y: BoundEdit, inputs: Mapping[str,
         overlap = float(torch.cos(torch.deg2rad(found)).square().mean())
         chance = max(a.shape[1], b.shape[1]) / a.shape[0]
     commutator, count = _commutator(reft, x, y, inputs)
-    return SharedPlace(x.key, y.key, str(x.site), angles, overlap, chance, commutator, count)
+    return SharedPlace(
+        x[1].key(x[0]), y[1].key(y[0]), str(x[0].site), angles, overlap, chance, commutator, count
+    )
+
+
+def _written(built: Any, unit: _Unit) -> Tensor | None:
+    """A basis of what a unit writes in: of the directions that it acts in, where it has only some."""
+    if unit.directions is None:
+        return write_basis(built)
+    if built.takes_subspace == "features":
+        return torch.eye(built.width)[:, list(unit.directions)]
+    basis = write_basis(built) if isinstance(getattr(built, "basis", None), torch.nn.Module) else None
+    return None if basis is None else basis[:, list(unit.directions)]
 
 
 def _commutator(
-    reft: BoundModel, x: BoundEdit, y: BoundEdit, inputs: Mapping[str, Any]
+    reft: BoundModel, x: Acting, y: Acting, inputs: Mapping[str, Any]
 ) -> tuple[float | None, int]:
-    edits = (x.edit, y.edit)
-    plain = all(e.phase != "decode" and e.source is None and e.positions == x.edit.positions for e in edits)
-    unnamed = x.site.part and x.site.label  # a part of several places has no path of its own
-    if not plain or x.edit.run != BASE or str(x.edit.positions) == "given" or unnamed:
+    edit, site = x[0].edit, x[0].site
+    edits = (edit, y[0].edit)
+    plain = all(e.phase != "decode" and not e.reads and e.positions == edit.positions for e in edits)
+    unnamed = site.part and site.label  # a part of several places has no path of its own
+    if not plain or edit.run != BASE or str(edit.positions) == "given" or unnamed:
         return None, 0
-    path = str(x.site) if x.site.label else x.edit.at
-    read = Read(path, x.edit.positions, heads=x.edit.heads, features=x.edit.features, name="here")
+    path = str(site) if site.label else edit.at
+    read = Read(path, edit.positions, heads=edit.heads, features=edit.features, name="here")
     with reft.disabled():
         found = reft.read(read, **inputs).flat("here")
     base = found.vectors.float()
 
-    def act(bound: BoundEdit, vectors: Tensor) -> Tensor:
+    def act(acting: Acting, vectors: Tensor) -> Tensor:
+        bound, unit = acting
         built: Any = reft.interventions[bound.module]
-        new = built.edited(vectors, positions=found.positions, rows=found.rows)
+        mask = None
+        if unit.directions is not None:
+            mask = torch.zeros(len(vectors), built.directions, dtype=torch.bool)
+            mask[:, list(unit.directions)] = True
+        new = built.edited(vectors, subspace=mask, positions=found.positions, rows=found.rows)
         return vectors + bound.edit.strength * (new - vectors)
 
     one, other = act(x, base), act(y, base)

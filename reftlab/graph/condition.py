@@ -166,7 +166,18 @@ class Gate(Condition):
 
 
 def gate(of: str | Read, sparsity: float = 0.0) -> Gate:
-    """A learnable soft gate on a read; see `Gate`."""
+    """A learnable soft gate on a read, `σ(w·h + b)`: the share of the edit that is applied.
+
+    Args:
+        of: what the gate looks at; without positions the edit's own tokens.
+        sparsity: weight of the gate's mean in the training loss, 0 or more.
+
+    Raises:
+        GraphError: no site, or a sparsity that is no number from 0.
+
+    >>> gate("blocks[4].output", sparsity=0.01)
+    gate('blocks[4].output', sparsity=0.01)
+    """
     try:
         return Gate(as_read(of), number(sparsity, "sparsity", 0.0))
     except ValueError as error:

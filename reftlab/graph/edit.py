@@ -153,6 +153,7 @@ class Edit:
 
     @property
     def view(self) -> View:
+        """The heads or features that it acts on."""
         return View.of(self.heads, self.features)
 
     @property
@@ -190,9 +191,11 @@ class Edit:
         return [name for name, _ in self.tasks] or None
 
     def with_strength(self, strength: float) -> Edit:
+        """The same edit at another strength."""
         return self._with(strength=strength)
 
     def with_name(self, name: str) -> Edit:
+        """The same edit under another name."""
         return self._with(name=name)
 
     def _with(self, **changes: Any) -> Edit:

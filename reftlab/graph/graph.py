@@ -61,14 +61,17 @@ class InterventionGraph:
 
     @property
     def edits(self) -> tuple[Edit, ...]:
+        """The edits, in the order in which they were given."""
         return tuple(node for node in self.nodes if isinstance(node, Edit))
 
     @property
     def reads(self) -> tuple[Read, ...]:
+        """The reads that stand alone; those of edits are `edit.reads`."""
         return tuple(node for node in self.nodes if isinstance(node, Read))
 
     @property
     def sources(self) -> tuple[str, ...]:
+        """Names of the source runs."""
         return tuple(node.name for node in self.nodes if isinstance(node, Source))
 
     @property
@@ -135,8 +138,7 @@ class InterventionGraph:
                 named = ", ".join(repr(edit.name) for edit in (*mine, *theirs))
                 raise GraphError(
                     f"both graphs have a run {run!r}, and only one of them edits it ({named}), so that the "
-                    "other "
-                    "would read what it did not ask for; rename one, as in "
+                    "other would read what it did not ask for; rename one, as in "
                     f"graph.rename({{{run!r}: 'other'}})"
                 )
         new = [node for node in other.nodes if not (isinstance(node, Source) and node in self.nodes)]

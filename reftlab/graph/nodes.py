@@ -108,6 +108,7 @@ class Read:
 
     @property
     def view(self) -> View:
+        """The heads or features that are read."""
         return View.of(self.heads, self.features)
 
     @property
@@ -116,6 +117,7 @@ class Read:
         return self.name or f"{self.at} @ {self.positions or 'all'}"
 
     def with_positions(self, positions: str | Position | int | Sequence[Any]) -> Read:
+        """The same read at other tokens."""
         return replace_read(self, positions=positions)
 
     def __str__(self) -> str:

@@ -182,7 +182,8 @@ def _read_intervention(entry: Any, tensors: Mapping[str, Tensor]) -> Interventio
     if name not in types:
         raise GraphError(
             f"intervention type {name!r} is not known; if it is your own, import the module that "
-            f"defines it first (for one of pyvene's programs, reftlab.compat.pyvene).{did_you_mean(name, types)}"
+            "defines it first (for one of pyvene's programs, reftlab.compat.pyvene)."
+            + did_you_mean(name, types)
         )
     values = {key: _read_value(value, tensors) for key, value in entry.items() if key != "type"}
     return types[name](**values)

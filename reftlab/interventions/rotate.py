@@ -107,7 +107,7 @@ class PCASwap(Intervention):
         scale: Tensor | Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        rows = as_matrix(components, "components").clone()
+        rows = as_matrix(components, "components").clone(memory_format=torch.contiguous_format)
         products = rows @ rows.T
         if (products - torch.eye(len(rows), device=rows.device)).abs().max() > 1e-3:
             raise InterventionError(

@@ -156,9 +156,8 @@ def _place(view: View, positions: Position, fact: SiteFacts, site: Site, model: 
             )
         raise BindError(
             f"{who}: {site} has shape {fact.shape}, in which reftlab knows no rows of tokens; it acts on "
-            "(row, "
-            "feature), (row, token, feature), (row, channel, height, width) and attention's (row, head, "
-            "token, key)"
+            "(row, feature), (row, token, feature), (row, channel, height, width) and attention's (row, "
+            "head, token, key)"
         )
     if fact.stream == "calls" and positions == All() and not _is_cell(model, site):
         raise BindError(

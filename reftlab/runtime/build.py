@@ -100,8 +100,7 @@ def _built(bound: BoundEdit, model: nn.Module) -> nn.Module:
         raise BindError(
             f"edit {bound.key!r} at {bound.site}: attention scores and patterns are as wide as each call's "
             f"sequence is long, and {bound.edit.intervention.describe()} has numbers of a fixed width; use "
-            "one "
-            "without, such as Zero, Scale or Swap"
+            "one without, such as Zero, Scale or Swap"
         )
     assert built is not None
     return built.train(model.training)

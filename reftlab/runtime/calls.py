@@ -120,8 +120,7 @@ class Calls:
             if known is None:
                 raise RunError(
                     f"this call continues a {type(cache).__name__} that does not say how many tokens it has "
-                    "seen, "
-                    "and this bound model did not make it; begin with a call of this bound model"
+                    "seen, and this bound model did not make it; begin with a call of this bound model"
                 ) from error
             return known
 
@@ -142,8 +141,7 @@ class Calls:
         if again:
             raise RunError(
                 f"{type(self._model).__name__}: a pass with {again[0]} takes some of its tokens again, so "
-                "that "
-                "positions have no place in it; generation with edits and mems are not possible here"
+                "that positions have no place in it; generation with edits and mems are not possible here"
             )
         past = self.past(named, before)
         found: dict[str, Window] = {}

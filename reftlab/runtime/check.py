@@ -49,8 +49,7 @@ def check_edit(bound: BoundEdit) -> None:
         if node in widths and read.width not in (0, widths[node]):
             raise BindError(
                 f"edit {bound.edit.name!r}: its condition has {widths[node]} numbers for vectors of "
-                f"{read.width} "
-                f"features at {read.site}"
+                f"{read.width} features at {read.site}"
             )
 
 
@@ -58,8 +57,7 @@ def _check_tokens(bound: BoundEdit, read: BoundRead) -> None:
     if read.positions.generated and not read.follows:
         raise BindError(
             f"edit {bound.edit.name!r}: its condition reads {str(read.positions)!r}; leave the positions "
-            "out, and it "
-            "is asked of the edit's own tokens, generated ones too"
+            "out, and it is asked of the edit's own tokens, generated ones too"
         )
     if read.follows and read.place.stream != bound.place.stream:
         raise BindError(
@@ -83,8 +81,7 @@ def check_shared(edits: Iterable[BoundEdit]) -> None:
         if other.edit.share is None or bound.edit.share is None:
             raise BindError(
                 f"edit {bound.key!r} and edit {other.key!r} would both be called {bound.module!r}; choose "
-                "another "
-                "word for share="
+                "another word for share="
             )
         same = written_out(bound.edit.intervention) == written_out(other.edit.intervention)
         if not same or bound.width != other.width:

@@ -207,8 +207,7 @@ class Chooser:
             if bool((counts % position.joins).any()):
                 raise RunError(
                     f"{_named(node)}: {str(position)!r} joins {position.joins} tokens, and this call covers "
-                    "only "
-                    "some of them; run the prompt in one piece"
+                    "only some of them; run the prompt in one piece"
                 )
         return chosen
 

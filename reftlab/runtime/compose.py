@@ -26,8 +26,7 @@ def added(a: BoundModel, b: BoundModel) -> BoundModel:
     if a.model is not b.model:
         raise BindError(
             f"these are bound to two models, {type(a.model).__name__} and {type(b.model).__name__} objects "
-            "of their "
-            "own; bind or load both on the same model object to add them"
+            "of their own; bind or load both on the same model object to add them"
         )
     graph = a.graph + b.graph
     mine, theirs = dict(a.interventions.items()), dict(b.interventions.items())

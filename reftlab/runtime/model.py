@@ -95,6 +95,7 @@ class BoundModel(nn.Module):
 
     @property
     def edits(self) -> tuple[BoundEdit, ...]:
+        """Every edit at its place, in the order in which they act."""
         return tuple(sorted(self._bound_edits, key=lambda bound: bound.order))
 
     @property
@@ -104,6 +105,7 @@ class BoundModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the model wants its inputs."""
         return device_of(self.model)
 
     def forward(

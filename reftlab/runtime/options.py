@@ -217,8 +217,7 @@ def _subspaces(given: Any, edits: Mapping[str, Edit]) -> dict[str, tuple[Directi
         intervention = edits[_named("subspace", name, edits)].intervention
         if intervention.takes_subspace == "no":
             raise RunError(
-                f"subspace: edit {name!r} is a {type(intervention).__name__}, which has no directions to "
-                "choose from"
+                f"subspace: edit {name!r}: {type(intervention).__name__} has no directions to choose from"
             )
         rows = value if isinstance(value, list | tuple) and _nested(value) else [value]
         found[name] = tuple(_numbers(f"subspace[{name!r}]", row) for row in rows)
@@ -273,8 +272,7 @@ def _positions(given: Any, edits: Mapping[str, Edit]) -> dict[str, Position]:
         if position.joins != edit.positions.joins:
             raise RunError(
                 f"positions[{name!r}]={value!r}: the edit was bound for vectors of {edit.positions.joins} "
-                "joined "
-                f"tokens, these join {position.joins}; write joined(...) as in the edit"
+                f"joined tokens, these join {position.joins}; write joined(...) as in the edit"
             )
         found[str(name)] = position
     return found

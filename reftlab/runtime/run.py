@@ -215,8 +215,7 @@ class Run:
             if isinstance(kept, Tensor) and bound.site.module == head_name(self.model):
                 raise RunError(
                     f"edit {bound.key!r} acts on logits, and logits_to_keep={kept.tolist()} leaves out some "
-                    "of them "
-                    "by number; give a number of last tokens, or leave it out"
+                    "of them by number; give a number of last tokens, or leave it out"
                 )
 
     def check_generated(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -107,9 +108,11 @@ def example_inputs(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dic
     made_up = _made_up(model)
     if made_up:
         return (), made_up
+    takes = [name for name in inspect.signature(model.forward).parameters if name not in ("args", "kwargs")]
     raise BindError(
-        f"{type(model).__name__}: reftlab cannot make up inputs for it; give some, as in "
-        "graph.bind(model, example={'pixel_values': torch.zeros(1, 3, 224, 224)})"
+        f"{type(model).__name__}: reftlab cannot make up inputs for it, whose forward takes "
+        f"{', '.join(takes[:6]) or 'what it is given'}; give some, as in graph.bind(model, "
+        f"example={{{takes[0] if takes else 'x'!r}: torch.zeros(2, ...)}})"
     )
 
 
@@ -198,17 +201,17 @@ def _watch(
     model: nn.Module, sites: list[Site], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[Site, SiteFacts]:
     facts: dict[Site, SiteFacts] = {}
-    events = 0
+    # Heads, parts and differently written paths of one place are reached together.
+    orders: dict[tuple[str, str], int] = {}
 
     def note(site: Site, tensor: Tensor) -> None:
-        nonlocal events
         before = facts.get(site)
+        order = orders.setdefault((site.module, site.side), len(orders))
         facts[site] = (
-            SiteFacts(events, tuple(tensor.shape), tensor.dtype, 1)
+            SiteFacts(order, tuple(tensor.shape), tensor.dtype, 1)
             if before is None
             else SiteFacts(before.order, before.shape, before.dtype, before.calls + 1)
         )
-        events += 1
 
     handles = []
     watch = SoftmaxWatch()

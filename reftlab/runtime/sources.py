@@ -136,8 +136,7 @@ class Sources:
             users = ", ".join(repr(bound.key) for bound, read, _ in fed if read.run == name)
             raise RunError(
                 f"reads[{name!r}]: {len(of_run)} edits read from that run, {users}; give the tensor under "
-                "the "
-                "edit's name"
+                "the edit's name"
             )
         known = [bound.edit.name for bound, *_ in fed] + list(self._nodes)
         raise RunError(

@@ -114,8 +114,7 @@ def aligned(
     if len(ranks) and bool((ranks >= most[rows]).any()):
         raise RunError(
             f"edit {node.key!r} needs more of {read.site} ({read.positions} in run {read.run!r}) than was "
-            "read so "
-            "far; run the prompt in one piece"
+            "read so far; run the prompt in one piece"
         )
     starts = torch.tensor([0, *have]).cumsum(0)
     return supply.vectors[(starts[rows] + ranks).to(device)]
@@ -133,8 +132,7 @@ def _rows_of(
     if len(have) not in expected:
         raise RunError(
             f"edit {node.key!r}: its source run {read.run!r} has {len(have)} rows, this one "
-            f"{frame.layout.rows}; "
-            "give as many, or one for all"
+            f"{frame.layout.rows}; give as many, or one for all"
         )
     return have, rows // max(1, frame.rows // len(have))
 
@@ -145,8 +143,7 @@ def _check_keys(there: Layout, here: Layout, node: BoundEdit, read: BoundRead) -
     if there.rows == here.rows and not all(a is b or torch.equal(a, b) for a, b in pairs):
         raise RunError(
             f"edit {node.key!r}: the keys of {read.site} are the columns of the batch, and run {read.run!r} "
-            "is "
-            "padded otherwise than this one; give both the same padding and lengths"
+            "is padded otherwise than this one; give both the same padding and lengths"
         )
 
 
@@ -164,8 +161,7 @@ def row_means(
         if not per_row and (counts is None or len(supply.vectors) != sum(counts)):
             raise RunError(
                 f"edit {node.key!r}: reads= gives it {len(supply.vectors)} vectors for {number} rows; give "
-                "one a "
-                "row, one for all, or one for each vector that it edits"
+                "one a row, one for all, or one for each vector that it edits"
             )
         owner = (
             torch.arange(len(supply.vectors))

@@ -73,8 +73,7 @@ def as_examples(data: Any) -> list[Example]:
     if without and len(without) < len(examples):
         raise DataError(
             f"example {without[0]}, {examples[without[0]].prompt!r}, has no task and others have; give each "
-            "one "
-            "a task, or none"
+            "one a task, or none"
         )
     return examples
 

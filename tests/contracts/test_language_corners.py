@@ -314,3 +314,14 @@ def test_options_of_wrong_kinds_are_named(llama: Any) -> None:
         bound.rename("e")
     with pytest.raises(rl.BindError, match="bind it first"):
         bound + rl.InterventionGraph()
+
+
+def test_plans_tell_the_order_of_one_site_as_it_runs(llama: Any) -> None:
+    graph = rl.InterventionGraph(
+        edit("q", 1), rl.Edit("a", at="blocks[1,2].output", intervention=rl.Scale(2.0)), edit("b", 1)
+    )
+    assert [bound.key for bound in graph.bind(llama).edits] == ["q", "a[1]", "b", "a[2]"]
+    asked = rl.Edit(
+        "e", at="blocks[1,2].output", intervention=rl.Scale(2.0), when=rl.norm("blocks[1].output") > 0
+    )
+    rl.InterventionGraph(asked).bind(llama)(**B)

@@ -117,3 +117,34 @@ def test_bases_are_those_that_edits_write_in() -> None:
         assert basis is not None
         assert_close(written @ basis @ basis.T, written, 1e-4)
     assert write_basis(rl.Function(torch.sin).build(WIDTH)) is None
+
+
+def test_tasks_in_separate_directions_of_one_basis_are_told_apart(llama: Any) -> None:
+    torch.manual_seed(0)
+    graph = rl.InterventionGraph(
+        rl.Edit(
+            "e", at="blocks[1].output", positions="last", intervention=rl.LoReFT(rank=4),
+            tasks={"x": [0, 1], "y": [2, 3]},
+        )
+    )  # fmt: skip
+    reft, batch = graph.bind(llama), batch_of((7, 4))
+    randomise(reft)
+    (pair,) = rl.interference(reft, batch).pairs
+    assert (pair.a, pair.b) == ("e (x)", "e (y)")
+    (place,) = pair.places
+    assert place.angles == pytest.approx((90.0, 90.0), abs=1e-3)
+    built, read = reft.interventions["e"], "blocks[1].output @ last"
+    h = rl.InterventionGraph().bind(llama).read(read, **batch)[read][:, 0]
+    masks = [torch.tensor([[k in own for k in range(4)]] * 2) for own in ((0, 1), (2, 3))]
+
+    def act(vectors: torch.Tensor, which: int) -> torch.Tensor:
+        return built.edited(vectors, subspace=masks[which])
+
+    with torch.no_grad():
+        apart = (act(act(h, 0), 1) - act(act(h, 1), 0)).norm(dim=1).mean()
+        size = ((act(h, 0) - h).norm(dim=1) + (act(h, 1) - h).norm(dim=1)).mean()
+    assert place.commutator == pytest.approx(float(apart / size), rel=1e-4)
+    never = rl.norm("blocks[0].output") > 1e9
+    (asked,) = rl.interference(both(llama, rl.Add(unit(0)), rl.Add(unit(1)), when=never), batch).pairs
+    assert asked.places[0].commutator is None
+    assert asked.interaction == pytest.approx(0.0, abs=1e-6)

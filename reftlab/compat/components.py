@@ -23,21 +23,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from reftlab.address import parse_path, resolve
+from reftlab.address.components import COMPONENTS as PORTABLE
 from reftlab.errors import AddressError, did_you_mean
 
 __all__ = ["COMPONENTS", "Place", "site_of"]
 
-_ALIASES = {
-    "block_input": "blocks[{}].input",
-    "block_output": "blocks[{}].output",
-    "mlp_output": "blocks[{}].mlp.output",
-    "attention_output": "blocks[{}].attn.output",
-    "attention_value_output": "blocks[{}].attn.heads",
-    "attention_weight": "blocks[{}].attn.pattern",
-    "query_output": "blocks[{}].attn.q",
-    "key_output": "blocks[{}].attn.k",
-    "value_output": "blocks[{}].attn.v",
-}
 _INSIDE = {
     "mlp_input": ("mlp.input", "intermediate.dense.input"),
     "mlp_activation": ("mlp.act_fn.output", "mlp.act.output", "intermediate.intermediate_act_fn.output"),
@@ -50,7 +40,7 @@ _INSIDE = {
 }
 _HEADS = ("attention_value_output", "query_output", "key_output", "value_output")
 
-COMPONENTS = (*_ALIASES, *_INSIDE, *(f"head_{name}" for name in _HEADS))
+COMPONENTS = (*PORTABLE, *_INSIDE, *(f"head_{name}" for name in _HEADS))
 """Every name that `site_of` knows."""
 
 # pyvene's card of a family that has no portable aliases here.
@@ -107,7 +97,7 @@ def site_of(component: str, layer: int, model: nn.Module) -> Place:
         return Place(_GPT_NEO[plain].format(_neo_block(model, layer)), plain != component)
     if plain in _INSIDE:
         return Place(_inside(plain, layer, model))
-    return Place(_ALIASES[plain].format(layer), plain != component)
+    return Place(PORTABLE[plain].format(layer), plain != component)
 
 
 def _neo_block(model: nn.Module, layer: int) -> str:

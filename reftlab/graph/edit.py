@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from reftlab.address import Position, SitePath, View, parse_path, parse_position
+from reftlab.address.components import component_path
 from reftlab.errors import GraphError, InterventionError, ReftlabError
 from reftlab.graph.condition import Condition
 from reftlab.graph.nodes import BASE, Read, Source, check_name, replace_read, set_fields
@@ -30,7 +31,8 @@ class Edit:
         name: unique in the graph.
         at: site, a path string such as `model.layers[15].output` or `blocks[4,10,16].output`. A
             path that names several places makes one intervention, with parameters of its own, for
-            each of them.
+            each of them. Also one of pyvene's component names, such as `block_output`, with `layer=`.
+        layer: number of the block, for a component name.
         positions: which tokens of each row, see `reftlab.address.parse_position`.
         intervention: the mathematics, such as `LoReFT(rank=4)`.
         run: the run to act in, `base` or the name of a `Source`.
@@ -74,6 +76,7 @@ class Edit:
         name: str,
         *,
         at: str | SitePath,
+        layer: int | None = None,
         positions: str | Position | int | Sequence[Any] = "all",
         intervention: Intervention,
         run: str = BASE,
@@ -117,7 +120,8 @@ class Edit:
         if directions is not None and any(chosen is not None for _, chosen in own_tasks):
             raise GraphError(f"{where}tasks= gives each task its directions, so subspace= says them twice")
         try:
-            path, place, view = parse_path(at), parse_position(positions), View.of(heads, features)
+            path = parse_path(at if layer is None else component_path(at, layer))
+            place, view = parse_position(positions), View.of(heads, features)
             phase = phase or ("decode" if place.generated else "prompt")
             if place.generated and phase != "decode":
                 raise GraphError(

@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 from reftlab.address import Position, SitePath, View, parse_path, parse_position
+from reftlab.address.components import component_path
 from reftlab.errors import GraphError
 
 __all__ = ["BASE", "Read", "Source"]
@@ -60,6 +61,7 @@ class Read:
             once. As the source of an edit it may be left out: the edit's own site.
         positions: which tokens, see `reftlab.address.parse_position`; `all` unless given. As the
             source of an edit it may be left out: the edit's own positions.
+        layer: number of the block, where `at` is one of pyvene's component names.
         run: the run to read in, `base` or the name of a `Source`.
         name: name of the result; the site's path unless given.
         heads: attention heads to read, numbers.
@@ -82,6 +84,7 @@ class Read:
         at: str | SitePath | None = None,
         positions: str | Position | int | Sequence[Any] | None = None,
         *,
+        layer: int | None = None,
         run: str = BASE,
         name: str | None = None,
         heads: int | Iterable[int] | None = None,
@@ -98,7 +101,7 @@ class Read:
         view = View.of(heads, features)
         set_fields(
             self,
-            at=None if at is None else parse_path(at),
+            at=None if at is None else parse_path(at if layer is None else component_path(at, layer)),
             positions=None if positions is None else parse_position(positions),
             run=run,
             name=name,

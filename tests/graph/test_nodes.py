@@ -146,3 +146,16 @@ def test_nodes_print_as_they_are_written() -> None:
         == "Read('h[0].output @ last', run='other', name='r')"
     )
     assert str(Source("other")) == "source other"
+
+
+def test_pyvenes_component_names_go_with_a_layer() -> None:
+    intervention = rl.LoReFT(rank=2)
+    by_name = Edit("e", at="block_output", layer=3, intervention=intervention)
+    assert by_name == Edit("e", at="blocks[3].output", intervention=intervention)
+    assert Read("head_attention_value_output", "last", layer=1, heads=[2]) == Read(
+        "blocks[1].attn.heads @ last", heads=[2]
+    )
+    with pytest.raises(AddressError, match=r"at='blok_output' with layer=3.*Did you mean 'block_output'"):
+        Edit("e", at="blok_output", layer=3, intervention=intervention)
+    with pytest.raises(AddressError, match="says its layer itself"):
+        Edit("e", at="blocks[3].output", layer=3, intervention=intervention)

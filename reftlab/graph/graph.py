@@ -164,13 +164,14 @@ class InterventionGraph:
     def select(self, *names: str) -> InterventionGraph:
         """Only the named edits and reads, and the sources that they need, with those sources' edits."""
         kept = {self._named(name) for name in names}
+        chosen = {edit.run for edit in kept if isinstance(edit, Edit)}
         while True:
             runs = {node.run for node in kept if not isinstance(node, Source)}
             runs |= {read.run for edit in kept if isinstance(edit, Edit) for read in edit.reads}
             runs |= {node.inputs or BASE for node in kept if isinstance(node, Source)} - {BASE}
-            # What edits read in a run is what the run's own edits have made of it.
+            # What edits read in a run is what the run's own edits make of it, or those of them that are named.
             needed: set[Node] = {n for n in self.nodes if isinstance(n, Source) and n.name in runs}
-            needed |= {n for n in self.edits if n.run in runs - {BASE}}
+            needed |= {n for n in self.edits if n.run in runs - {BASE} - chosen}
             if needed <= kept:
                 return InterventionGraph(*[node for node in self.nodes if node in kept])
             kept |= needed

@@ -134,7 +134,8 @@ class BoundModel(nn.Module):
             subspace: directions of the bases in which edits act, `[0, 2]`; one list a row,
                 `[[0], None, [1, 2]]`; or either by edit, `{"emoji": [0]}`.
             scale: factor of each edit's strength by its name, one number or one a row.
-            select: the edits that act, by name; all unless given.
+            select: the edits that act, by name; all unless given. Edits of a source run of which none is
+                named stay with the edits that read it.
             positions: tokens in place of an edit's own, by its name (or `name.source` for its
                 source): `{"emoji": [[3], [4, 5]]}` for each row its own, `{"emoji": "last"}`.
             prompt: the tokenizer's output for the whole prompt, where this call covers only a part

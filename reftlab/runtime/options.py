@@ -25,7 +25,9 @@ class Options:
     """One call's choices, checked against the graph; `Options()` leaves every edit as it is.
 
     Attributes:
-        select: names of the edits that act, or None for all.
+        select: names of the edits that act, or None for all. In a source run of which it names no edit
+            all act: they belong to whoever reads that run.
+        select_runs: the runs of the edits that it names.
         tasks: the tasks of each row, or None where every edit acts in every row; one entry stands
             for all rows.
         subspace: by edit, the directions of each row; one entry stands for all rows.
@@ -40,6 +42,7 @@ class Options:
     scale: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     positions: Mapping[str, Position] = field(default_factory=dict)
     listed: tuple[tuple[str, str, int], ...] = ()
+    select_runs: frozenset[str] = frozenset()
 
     @classmethod
     def of(
@@ -59,13 +62,15 @@ class Options:
         if all(given is None for given in (tasks, subspace, scale, select, positions)):
             return _PLAIN
         edits = {edit.name: edit for edit in graph.edits}
+        named = None if select is None else _selected(select, edits)
         return cls(
-            None if select is None else _selected(select, edits),
+            named,
             None if tasks is None else _tasks(tasks, graph),
             {} if subspace is None else _subspaces(subspace, edits),
             {} if scale is None else _scales(scale, edits),
             {} if positions is None else _positions(positions, edits),
             tuple(_listed(tasks, subspace, scale, edits)),
+            frozenset(edits[name].run for name in named or ()),
         )
 
     def check_rows(self, rows: int, edit: Edit | None = None) -> None:
@@ -82,7 +87,8 @@ class Options:
 
     def acts(self, edit: Edit) -> bool:
         """Whether an edit acts in any row."""
-        if edit.run == BASE and self.select is not None and edit.name not in self.select:
+        chosen = edit.run == BASE or edit.run in self.select_runs
+        if self.select is not None and chosen and edit.name not in self.select:
             return False
         return not self._chosen_by_task(edit) or any(row & set(edit.task_names) for row in self.tasks or ())
 

@@ -101,6 +101,9 @@ def test_the_edits_of_a_source_stay_with_whoever_reads_it(llama: Any) -> None:
     expected = alone(**B, sources={"c": SQUARE}).logits
     assert_close(bound(**B, sources={"c": SQUARE}, select="a").logits, expected)
     assert_close(bound(**B, sources={"c": SQUARE}, tasks="a").logits, expected)
+    two = rl.InterventionGraph(*graph, edit("p2", 0, "all", run="c")).bind(llama)
+    assert_close(two(**B, sources={"c": SQUARE}, select=["a", "p"]).logits, expected)
+    assert [e.name for e in two.select("a", "p").graph.edits] == ["p", "a"]
 
 
 @torch.no_grad()

@@ -169,7 +169,7 @@ class InterventionGraph:
             runs = {node.run for node in kept if not isinstance(node, Source)}
             runs |= {read.run for edit in kept if isinstance(edit, Edit) for read in edit.reads}
             runs |= {node.inputs or BASE for node in kept if isinstance(node, Source)} - {BASE}
-            # What edits read in a run is what the run's own edits make of it, or those of them that are named.
+            # What is read in a run is what its own edits make of it, or those of them that are named.
             needed: set[Node] = {n for n in self.nodes if isinstance(n, Source) and n.name in runs}
             needed |= {n for n in self.edits if n.run in runs - {BASE} - chosen}
             if needed <= kept:

@@ -52,7 +52,8 @@ def interference_figure(lines: Sequence[Line]) -> Figure:
     frame(right, x="share of the edits' own effects: 0 none", title="What they do to each other")
     right.plot([], [], "D", color=VERMILLION, label="commutator: does the order matter")
     right.plot([], [], "s", color=ORANGE, label="interaction: logits together − sum of both")
-    right.legend(
-        fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.28 - 0.5 / len(lines))
+    # Below the axes, where no mark can be.
+    figure.legend(
+        *right.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower right", ncols=2
     )
     return figure

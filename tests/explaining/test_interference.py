@@ -99,7 +99,7 @@ def test_places_are_compared_where_both_act_and_shown(llama: Any, tokenizer: Any
     assert [(p.a, p.b, p.commutator, p.angles) for p in pair.places] == [("wide[2]", "late", None, ())]
     assert pair.interaction is not None
     assert list(found.to_frame()["site"]) == ["model.layers.2.output"]
-    assert found.plot().axes[1].get_legend() is not None
+    assert len(found.plot().legends[0].get_texts()) == 2
     assert "wide and late" in found._repr_html_()
     with pytest.raises(DataError, match="none of"):
         rl.interference(graph.bind(llama), {"ids": torch.ones(1, 2)})

@@ -21,7 +21,11 @@ from tests.store import cases
 from tests.store.cases import CASES, build_model, logits_of, one, randomise
 
 ROOT = Path(__file__).parents[2]
-OURS = {name: kind for name, kind in intervention_types().items() if kind.__module__.startswith("reftlab.interventions.")}
+OURS = {
+    name: kind
+    for name, kind in intervention_types().items()
+    if kind.__module__.startswith("reftlab.interventions.")
+}
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ export TOKENIZERS_PARALLELISM := false
 demo: $(READY)  ## train, use, save and explain edits on the embedded chat model
 	@$(BIN)/reftlab demo
 
+# One thread each: two workers and their notebooks would otherwise fight over two cores.
 test: $(READY)  ## run all tests
-	@$(BIN)/pytest -n 2 --dist worksteal
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 lint: $(READY)  ## check style, types and the floors
 	@$(BIN)/ruff check -q .

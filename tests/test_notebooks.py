@@ -67,7 +67,7 @@ def executed(path, folder, claim):
     """The notebook run anew in `folder`, and what `claim`, its last cell then, prints as JSON."""
     notebook = nbformat.read(path, as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell(claim))
-    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(folder)}}).execute()
+    NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(folder)}}).execute()
     return notebook, json.loads(notebook.cells[-1].outputs[0].text)
 
 
@@ -91,13 +91,16 @@ def test_the_quickstart_trains_answers_and_shows_what_it_says(tmp_path):
     assert complaints(notebook) == []
 
 
-@pytest.fixture(scope="module")
-def language(tmp_path_factory):
-    return executed(LANGUAGE, tmp_path_factory.mktemp("language"), LANGUAGE_CLAIM)
+def test_the_language_notebook_does_what_it_says(tmp_path):
+    notebook, told = executed(LANGUAGE, tmp_path, LANGUAGE_CLAIM)
+    check_studies(told)
+    check_sites_positions_and_runs(told)
+    check_conditions_and_tasks(told)
+    assert len(outputs(notebook, "image/png")) >= 13
+    assert complaints(notebook) == []
 
 
-def test_the_language_notebook_shows_pyrefts_studies_with_its_counts(language):
-    _, told = language
+def check_studies(told):
     assert told["start"] == {"SmolLM2 135M": 4 * 2 * 576 + 4, "Llama 7B": 32_772}
     lora, mlp, adapter = 8 * 2 * 4096, 8 * (11008 + 4096), 8 * 2 * 4096 + 8 + 4096
     assert told["cases"] == [lora, lora, lora, mlp, lora, adapter, adapter, adapter, 2 * adapter]
@@ -111,8 +114,7 @@ def test_the_language_notebook_shows_pyrefts_studies_with_its_counts(language):
     assert told["outside"] < 1e-4
 
 
-def test_the_language_notebooks_sites_positions_and_runs_do_what_it_says(language):
-    _, told = language
+def check_sites_positions_and_runs(told):
     assert told["looking"]["edge to Mary cut"] < told["looking"]["heads zeroed"] < told["looking"]["bare"]
     chosen = {(expression, row): numbers for expression, row, numbers in told["positions"]}
     assert chosen["first(2)+last(2)", 0] == [0, 1, 7, 8]
@@ -138,8 +140,7 @@ def test_the_language_notebooks_sites_positions_and_runs_do_what_it_says(languag
     assert told["same"] == [True, True, True]
 
 
-def test_the_language_notebooks_conditions_and_tasks_do_what_it_says(language):
-    notebook, told = language
+def check_conditions_and_tasks(told):
     assert told["touched"] == [" beach", " swam", " sea"]
     (_, bare, edited), (_, untouched_bare, untouched) = told["turned"]
     assert "beach" in bare
@@ -158,8 +159,6 @@ def test_the_language_notebooks_conditions_and_tasks_do_what_it_says(language):
     assert len(told["refusals"]) == 2
     assert "Did you mean 'sea'" in told["refusals"][0]
     assert {"LoReFT", "Swap", "BoundlessSwap", "SAEEdit", "ReFTr1", "Gated"} <= set(told["catalogue"])
-    assert len(outputs(notebook, "image/png")) >= 13
-    assert complaints(notebook) == []
 
 
 @pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.stem)

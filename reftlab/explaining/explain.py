@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,7 +55,8 @@ def explain(
         chat: whether to use the chat template; as for `rl.reply`.
         system: system message, with the template only.
         unseen: further prompts to ask, such as ones the edits were not trained on.
-        sources: inputs of each source run for all examples, as for `reft(...)`.
+        sources: inputs of each source run for all examples, as for `reft(...)`; not needed where the
+            examples have their own.
         top: how many promoted and suppressed tokens to keep for each direction.
         max_edits: for how many edits to measure the answer loss without each of their directions.
         draws: how many random directions to remove from each of those, as a control.
@@ -79,10 +80,12 @@ def explain(
             "explain looks at one set of edits; take one task's with reft.select(...), without tasks in the "
             "examples"
         )
+    if sources and rows[0].sources:
+        raise DataError("sources= says what the examples' own sources say already; leave one of them out")
     assert reft.tokenizer is not None
     form = prompt_form(reft, reft.tokenizer, chat, system)
     # A model that does not continue texts would take an answer for a part of the prompt.
-    kept = rows if continues_texts(reft.model) else [Example(row.prompt) for row in rows]
+    kept = rows if continues_texts(reft.model) else [replace(row, answer=None) for row in rows]
     encoded = encode(reft.tokenizer, kept, **form)
     subject = _Subject(reft, rows, encoded, accepted(reft.model), sources)
     with evaluating(reft), torch.no_grad(), tqdm(disable=not progress, desc="explain") as bar:
@@ -91,7 +94,7 @@ def explain(
             bar.set_postfix_str(what, refresh=False)
             bar.update()
 
-        recorded = record(reft, batches(reft, encoded, sources), subject.accepts, sources)
+        recorded = record(reft, batches(reft, encoded, sources), subject.accepts)
         tick("vectors")
         edits = tuple(
             _explained(reft, bound, recorded.vectors[bound.key], recorded.lens, recorded.centres, top)
@@ -191,5 +194,5 @@ def _removal(
         return Removal.unavailable(
             "some examples have no answers, and the source inputs belong to all of them"
         )
-    measure = AnswerLoss(reft, batches(reft, answered, sources), subject.accepts, sources)
+    measure = AnswerLoss(reft, batches(reft, answered, sources), subject.accepts)
     return removals(reft, measure, directions, max_edits=max_edits, draws=draws, seed=seed, tick=tick)

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from reftlab.runtime.calls import continues_texts
 from reftlab.runtime.window import IGNORED_LABEL
-from reftlab.training.collate import Collator
+from reftlab.training.collate import Collator, moved
 from reftlab.training.data import Encoded
 
 if TYPE_CHECKING:
@@ -23,11 +23,11 @@ __all__ = ["accepted", "batches", "evaluating"]
 _TOKENS_A_BATCH = 2048
 
 
-def batches(reft: BoundModel, encoded: list[Encoded], sources: Any) -> list[dict[str, Tensor]]:
-    """Batches of about 2048 tokens, or one where source inputs come with it.
+def batches(reft: BoundModel, encoded: list[Encoded], sources: Any) -> list[dict[str, Any]]:
+    """Batches of about 2048 tokens, or one where source inputs for all examples come with it.
 
     Prompts are padded on the left and answers on the right, so that all answers of a batch begin in
-    the same column. Entries as from `Collator`.
+    the same column. Entries as from `Collator`, and the `sources`.
     """
     assert reft.tokenizer is not None
     collate = Collator.of(reft.tokenizer, "right")
@@ -38,13 +38,11 @@ def batches(reft: BoundModel, encoded: list[Encoded], sources: Any) -> list[dict
         if group and not sources and longest * (len(group) + 1) > _TOKENS_A_BATCH:
             groups.append([])
         groups[-1].append(one)
-    return [
-        {k: v.to(reft.device) for k, v in _aligned(collate(group), collate.pad_id).items()}
-        for group in groups
-    ]
+    made = [moved(_aligned(collate(group), collate.pad_id), reft) for group in groups]
+    return [{**batch, "sources": sources} for batch in made] if sources else made
 
 
-def _aligned(batch: dict[str, Tensor], pad_id: int) -> dict[str, Tensor]:
+def _aligned(batch: dict[str, Any], pad_id: int) -> dict[str, Any]:
     """Shift the rows of a batch that is padded on the right until their prompts end together."""
     mask, labels = batch["attention_mask"], batch["labels"]
     prompts = ((labels == IGNORED_LABEL) & (mask == 1)).sum(1)
@@ -55,6 +53,7 @@ def _aligned(batch: dict[str, Tensor], pad_id: int) -> dict[str, Tensor]:
     columns = columns.clamp(0, mask.shape[1] - 1)
     mask = real.long()
     return {
+        **batch,
         "input_ids": torch.where(real, batch["input_ids"].gather(1, columns), pad_id),
         "attention_mask": mask,
         "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
@@ -63,12 +62,13 @@ def _aligned(batch: dict[str, Tensor], pad_id: int) -> dict[str, Tensor]:
 
 
 def accepted(model: nn.Module) -> frozenset[str]:
-    """Which of a batch's entries the model's forward takes."""
+    """Which of a batch's entries the forward of a bound model takes."""
     names = inspect.signature(model.forward).parameters
     anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in names.values())
     usual = {"input_ids", "attention_mask", "position_ids"}
     taken = usual & (set(names) | ({"attention_mask"} if anything else set()))
-    return frozenset(taken | ({"labels"} & set(names) if continues_texts(model) else set()))
+    labels = {"labels"} & set(names) if continues_texts(model) else set()
+    return frozenset(taken | labels | {"sources", "positions"})
 
 
 @contextlib.contextmanager

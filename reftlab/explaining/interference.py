@@ -18,7 +18,7 @@ from reftlab.explaining.inputs import accepted, evaluating
 from reftlab.graph import BASE, Read
 from reftlab.interventions import Intervention
 from reftlab.runtime.places import BoundEdit
-from reftlab.training.collate import Collator
+from reftlab.training.collate import Collator, moved
 from reftlab.training.data import Example, as_examples, encode
 from reftlab.training.replies import prompt_form
 
@@ -258,8 +258,8 @@ class _Effects:
 
 
 def _inputs(reft: BoundModel, prompts: Any) -> dict[str, Any]:
+    taken = accepted(reft.model) - {"labels", "positions"}
     if isinstance(prompts, Mapping):
-        taken = accepted(reft.model) - {"labels"}
         found = {name: value for name, value in prompts.items() if name in taken}
         if not found:
             raise DataError(
@@ -268,11 +268,13 @@ def _inputs(reft: BoundModel, prompts: Any) -> dict[str, Any]:
         return found
     if reft.tokenizer is None:
         raise DataError("interference needs a tokenizer for texts: bind with one, or give the model's inputs")
-    rows = [Example(row.prompt) for row in as_examples([prompts] if isinstance(prompts, str) else prompts)]
-    batch = Collator.of(reft.tokenizer, "left")(
-        encode(reft.tokenizer, rows, **prompt_form(reft, reft.tokenizer, None))
-    )
-    return {name: batch[name].to(reft.device) for name in accepted(reft.model) - {"labels"}}
+    rows = as_examples([prompts] if isinstance(prompts, str) else prompts)
+    if rows[0].positions is not None:
+        raise DataError("interference takes the edits' own positions; leave those of the examples out")
+    asked = [Example(row.prompt, sources=row.sources) for row in rows]
+    encoded = encode(reft.tokenizer, asked, **prompt_form(reft, reft.tokenizer, None))
+    batch = moved(Collator.of(reft.tokenizer, "left")(encoded), reft)
+    return {name: value for name, value in batch.items() if name in taken}
 
 
 def _same_place(x: BoundEdit, y: BoundEdit) -> bool:

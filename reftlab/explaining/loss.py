@@ -34,18 +34,16 @@ class AnswerLoss:
     Args:
         reft: the bound model.
         batches: what `Collator` makes: `input_ids`, `attention_mask`, `labels`, …, `(row, token)`.
-        accepts: the names among them that the model's forward takes.
-        sources: inputs of the source runs, as for `reft`.
+        accepts: the names among them that the bound model's forward takes.
     """
 
     def __init__(
         self,
         reft: BoundModel,
-        batches: Sequence[Mapping[str, Tensor]],
+        batches: Sequence[Mapping[str, Any]],
         accepts: frozenset[str],
-        sources: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        self.reft, self.sources = reft, sources
+        self.reft = reft
         self._batches = [{k: v for k, v in batch.items() if k in accepts | {"labels"}} for batch in batches]
         self._accepts_labels = "labels" in accepts
         self._prefixes = [self._prefix(batch) for batch in self._batches]
@@ -73,9 +71,10 @@ class AnswerLoss:
                 return plain
         return quick
 
-    def _one(self, batch: Mapping[str, Tensor], prefix: _Prefix | None) -> Tensor:
+    def _one(self, batch: Mapping[str, Any], prefix: _Prefix | None) -> Tensor:
         start = 0 if prefix is None else prefix.columns
-        inputs: dict[str, Any] = {k: v if k == "attention_mask" else v[:, start:] for k, v in batch.items()}
+        whole = {"attention_mask", "sources", "positions"}
+        inputs: dict[str, Any] = {k: v if k in whole else v[:, start:] for k, v in batch.items()}
         labels = inputs["labels"]
         if prefix is None:
             if not self._accepts_labels:
@@ -83,7 +82,7 @@ class AnswerLoss:
         else:
             del inputs["labels"]
             inputs |= {"past_key_values": copy.deepcopy(prefix.cache), "prompt": prefix.prompt}
-        output = self.reft(**inputs, sources=self.sources)
+        output = self.reft(**inputs)
         logits = output.logits if hasattr(output, "logits") else output
         # The token in column t + 1 is predicted in column t.
         rows, columns = (labels[:, 1:] != IGNORED_LABEL).nonzero().unbind(1)
@@ -92,7 +91,7 @@ class AnswerLoss:
         return loss.cpu()
 
     @torch.no_grad()
-    def _prefix(self, batch: Mapping[str, Tensor]) -> _Prefix | None:
+    def _prefix(self, batch: Mapping[str, Any]) -> _Prefix | None:
         """The cache of the columns that no edit can change, where there are enough to be worth it."""
         reft = self.reft
         edits = [bound.edit for bound in reft.edits]
@@ -100,6 +99,7 @@ class AnswerLoss:
         if (
             family not in _CACHED_FAMILIES
             or not edits
+            or "positions" in batch
             or any(e.phase != "prompt" or e.run != "base" or e.reads for e in edits)
         ):
             return None

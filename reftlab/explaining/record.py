@@ -65,17 +65,15 @@ class Recorded:
 
 def record(
     reft: BoundModel,
-    batches: Sequence[Mapping[str, Tensor]],
+    batches: Sequence[Mapping[str, Any]],
     accepts: frozenset[str],
-    sources: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Recorded:
     """Run every batch once and keep what passes each edit, and what enters the final norm.
 
     Args:
         reft: the bound model.
         batches: the examples.
-        accepts: which entries of a batch the model's forward takes.
-        sources: inputs of the source runs.
+        accepts: which entries of a batch the bound model's forward takes.
     """
     lens = Lens(reft.model)
     stream: dict[tuple[int, int], Tensor] = {}
@@ -84,11 +82,11 @@ def record(
         for batch in batches:
             inputs: dict[str, Any] = {k: v for k, v in batch.items() if k in accepts}
             if lens.missing is None or stream:
-                entering = _read_stream(reft, lens, inputs, sources)
+                entering = _read_stream(reft, lens, inputs)
                 first = recording.first_row
                 stream.update({(row + first, number): vector for (row, number), vector in entering.items()})
             else:
-                reft(**inputs, sources=sources)
+                reft(**inputs)
             recording.first_row += len(batch["input_ids"])
     vectors, centres = {}, {}
     for bound in reft.edits:
@@ -103,9 +101,7 @@ def record(
     return Recorded(lens, vectors, centres)
 
 
-def _read_stream(
-    reft: BoundModel, lens: Lens, inputs: Mapping[str, Any], sources: Any
-) -> dict[tuple[int, int], Tensor]:
+def _read_stream(reft: BoundModel, lens: Lens, inputs: Mapping[str, Any]) -> dict[tuple[int, int], Tensor]:
     """What enters the final norm, by row and token number; checks the lens on the last tokens."""
     seen: list[Tensor] = []
 
@@ -113,7 +109,7 @@ def _read_stream(
         seen.append(get_input(module, args, kwargs, (), "final_norm.input").detach().float().cpu())
 
     with lens.watching(keep):
-        logits = reft(**inputs, sources=sources).logits
+        logits = reft(**inputs).logits
     layout = Layout.of(inputs, causal=continues_texts(reft.model))
     if layout is None or len(seen) != 1:
         lens.missing = (

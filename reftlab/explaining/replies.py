@@ -112,9 +112,13 @@ def ask(
     if not hasattr(reft.model, "generate"):
         return ReplyTable((), max_new_tokens, f"{type(reft.model).__name__} cannot generate text")
     note = ""
-    if sources and unseen:
+    given = examples[0]
+    lacking = any((given.sources or {}).keys() != (example.sources or {}).keys() for example in unseen)
+    if unseen and (sources or lacking):
         note, unseen = "unseen prompts were left out: the edits need source inputs that belong to them", ()
-    prompts = [example.prompt for example in (*examples, *unseen)]
+    if unseen and given.positions is not None and unseen[0].positions is None:
+        note, unseen = "unseen prompts were left out: they say no positions, as the examples do", ()
+    prompts = [*examples, *unseen]
     options: dict[str, Any] = {"chat": chat, "system": system, "max_new_tokens": max_new_tokens}
     with reft.disabled():
         bare = reply(reft, prompts, **options)

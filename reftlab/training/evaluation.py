@@ -6,7 +6,6 @@ import html
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from reftlab.runtime import BoundModel
 from reftlab.training.data import as_examples
 from reftlab.training.loss import answer_loss, with_task
 from reftlab.training.replies import reply
@@ -104,10 +103,7 @@ def evaluate(
     replies: list[str] = []
     for start in range(0, len(read), batch_size):
         rows = read[start : start + batch_size]
-        if rows[0].task is not None and isinstance(model, BoundModel):
-            options["tasks"] = [row.task for row in rows]
-        prompts = [row.prompt for row in rows]
-        replies += reply(model, prompts, tokenizer, max_new_tokens=max_new_tokens, **form, **options)
+        replies += reply(model, rows, tokenizer, max_new_tokens=max_new_tokens, **form, **options)
     answered = [example for example in read if example.answer is not None]
     loss = answer_loss(model, answered, tokenizer, batch_size=batch_size, **form) if answered else None
     outcomes = [

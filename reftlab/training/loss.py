@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from reftlab.errors import DataError
-from reftlab.runtime import BoundModel
 from reftlab.runtime.window import IGNORED_LABEL
-from reftlab.training.collate import Collator
+from reftlab.training.collate import Collator, moved
 from reftlab.training.data import Encoded, Example, as_examples, encode
 from reftlab.training.replies import prompt_form
 from reftlab.training.settings import whole
@@ -72,13 +71,6 @@ def mean_loss(model: Any, encoded: Sequence[Encoded], collate: Collator, batch_s
     finally:
         model.train(training)
     return total / count
-
-
-def moved(batch: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """A batch on the model's device; tasks stay as they are, and only bound models know them."""
-    tasks = {"tasks": batch["tasks"]} if "tasks" in batch and isinstance(model, BoundModel) else {}
-    tensors = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, Tensor)}
-    return {**tensors, **tasks}
 
 
 def with_task(examples: Sequence[Example], task: str | None) -> list[Example]:

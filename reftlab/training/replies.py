@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
 from reftlab.errors import DataError
-from reftlab.training.collate import Collator
-from reftlab.training.data import Example, as_examples, encode
+from reftlab.training.collate import Collator, moved
+from reftlab.training.data import as_examples, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +27,7 @@ class PromptForm(TypedDict):
 
 def reply(
     model: Any,
-    prompts: str | Sequence[str],
+    prompts: str | Sequence[Any],
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     chat: bool | None = None,
@@ -38,7 +39,7 @@ def reply(
 
     Args:
         model: a bound model, or a Hugging Face model together with its tokenizer.
-        prompts: one prompt or several.
+        prompts: one prompt or several; examples too, whose tasks, sources and positions then count.
         tokenizer: the tokenizer; a bound model's own unless given.
         chat: whether to use the tokenizer's chat template; by default if the model was trained with
             it, or has one and was never trained.
@@ -53,13 +54,14 @@ def reply(
     tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise DataError("reply needs a tokenizer: bind with one, or give tokenizer=")
-    examples = [Example(e.prompt) for e in as_examples([prompts] if isinstance(prompts, str) else prompts)]
-    encoded = encode(tokenizer, examples, **prompt_form(model, tokenizer, chat, system))
-    batch = Collator.of(tokenizer, "left")(encoded)
-    inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
-    options = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, **options}
+    examples = as_examples([prompts] if isinstance(prompts, str) else prompts)
+    asked = [replace(example, answer=None) for example in examples]
+    encoded = encode(tokenizer, asked, **prompt_form(model, tokenizer, chat, system))
+    batch = moved(Collator.of(tokenizer, "left")(encoded), model)
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "position_ids")}
+    options = {**inputs, "do_sample": False, "pad_token_id": tokenizer.pad_token_id, **options}
     with torch.no_grad():
-        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
+        tokens = model.generate(max_new_tokens=max_new_tokens, **options)
     new = tokens[:, inputs["input_ids"].shape[1] :]
     return [str(text) for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 

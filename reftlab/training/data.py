@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["Encoded", "Example", "as_examples", "encode", "format_prompt"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Example:
     """A prompt and the answer wanted; the answer is None where only the prompt matters.
 
@@ -37,6 +37,10 @@ class Example:
     task: str | None = None
     sources: Mapping[str, str] | None = None
     positions: Mapping[str, Sequence[int]] | None = None
+
+    def __repr__(self) -> str:
+        given = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return f"Example({', '.join(f'{name}={value!r}' for name, value in given if value is not None)})"
 
 
 @dataclass(frozen=True)

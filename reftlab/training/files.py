@@ -48,7 +48,7 @@ def read_examples(
         DataError: the source is missing, of another kind or malformed, or an entry lacks its prompt.
 
     >>> read_examples([{"question": "What is the sea like?", "answer": "🌊🐠🐚"}])
-    [Example(prompt='What is the sea like?', answer='🌊🐠🐚', task=None)]
+    [Example(prompt='What is the sea like?', answer='🌊🐠🐚')]
     """
     columns = {"prompt": prompt, "answer": answer, "task": task}
     return load_rows(source, **columns, limit=limit, subset=subset, split=split).examples

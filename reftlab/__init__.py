@@ -34,12 +34,13 @@ _HOMES = {
         "Adapter", "Add", "BoundlessSwap", "Clamp", "ConsReFT", "DiReFT", "Erase", "Function", "Gated",
         "Intervention", "LoReFT", "LobiReFT", "MaskedSwap", "Mean", "NoReFT", "NodiReFT", "Noise",
         "OrthonormalBasis", "PCASwap", "ProjectOut", "ReFTr1", "RotatedSwap", "SAEEdit", "Scale", "SoftGate",
-        "SparseAutoencoder", "Steer", "Subtract", "Swap", "Zero", "load_sae",
+        "SparseAutoencoder", "Steer", "Subtract", "Swap", "Zero",
     ),
     "reftlab.graph": (
         "Condition", "Edit", "InterventionGraph", "Measure", "Read", "Source", "cosine", "gate", "norm",
         "probability", "projection",
     ),
+    "reftlab.store": ("load_sae",),
     "reftlab.runtime": ("BoundModel", "Inspection", "Reading", "inspect", "load"),
     "reftlab.training": (
         "Evaluation", "Example", "TrainResult", "answer_loss", "evaluate", "read_examples", "reply", "train",

@@ -86,7 +86,7 @@ def translate(path: SitePath, model: nn.Module) -> SitePath:
     rest = path.steps[len(head) :]
     if head == ("unembed",):
         return replace(path, steps=_unembedding(model, path) + rest, side=path.side or "output")
-    stack = _stack(path, family, head, _kind(model)).under(_backbone(model))
+    stack = _stack(path, family, head, model).under(_backbone(model))
     if head[-1] != "blocks":
         site = stack.embed if head[-1] == "embed" else stack.final_norm
         return _moved(path, rest, site, model)
@@ -119,14 +119,14 @@ def _head(path: SitePath) -> tuple[str, ...] | None:
     return None
 
 
-def _stack(path: SitePath, family: Family, head: tuple[str, ...], kind: str) -> Stack:
+def _stack(path: SitePath, family: Family, head: tuple[str, ...], model: nn.Module) -> Stack:
     wanted = head[0] if len(head) == 2 else ""
     if wanted in family.stacks:
         return family.stacks[wanted]
     rest = str(path).removeprefix(f"{wanted}.")
     forms = _either([f"{name}.{rest}".removeprefix(".") for name in family.stacks])
     has = f"{len(family.stacks)} stacks of blocks" if not wanted else f"no {wanted}"
-    raise AddressError(f"{str(path)!r}: {kind!r} has {has}; say {forms}")
+    raise AddressError(f"{str(path)!r}: {_kind(model)!r} has {has}; say {forms}")
 
 
 def _moved(path: SitePath, rest: tuple[Step, ...], site: str | None, model: nn.Module) -> SitePath:
@@ -157,7 +157,7 @@ def _inside_blocks(path: SitePath, rest: tuple[Step, ...], stack: Stack, model: 
             f"{str(path)!r}: a block's portable parts are attn and mlp, not {part!r}."
             + (did_you_mean(part, _INSIDE_BLOCK[:2]) or " Use the model's own path for other modules.")
         )
-    inside = ".".join(map(str, rest)).replace("..", ".").removeprefix(".")
+    inside = SitePath(rest, None).module
     is_projection = inside in (f"{part}.{letter}" for letter in "qkv")
     name = inside if is_projection or path.side is None else f"{inside}.{path.side}"
     known = [f"{part}.{end}" for end in (("output",) if part == "mlp" else _INSIDE_ATTENTION)]

@@ -113,7 +113,7 @@ class Interference:
 
     def plot(self) -> Figure:
         """Angles on the left, commutators and interactions on the right, one line a pair and place."""
-        from reftlab.plotting.interference import interference_figure
+        from reftlab.plotting import interference_figure
 
         lines: list[tuple[str, Sequence[float], float | None, float | None]] = []
         for pair in self.pairs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -185,7 +184,12 @@ class Edit:
     def reads(self) -> tuple[Read, ...]:
         """What the edit needs to know: its source's and its condition's reads."""
         source = self.source_read
-        return ((source,) if source is not None else ()) + (self.when.reads if self.when is not None else ())
+        return (*(() if source is None else (source,)), *self.condition_reads)
+
+    @property
+    def condition_reads(self) -> tuple[Read, ...]:
+        """What its condition looks at; nothing without one."""
+        return () if self.when is None else self.when.reads
 
     @property
     def written_tasks(self) -> Any:
@@ -207,12 +211,10 @@ class Edit:
         arguments.update(tasks=self.written_tasks, **changes)
         return Edit(arguments.pop("name"), **arguments)
 
-    def _key(self) -> tuple[Any, ...]:
-        fields = [getattr(self, f) for f in self.__dataclass_fields__ if f != "intervention"]
-        return (*fields, *written_out(self.intervention))
-
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Edit) and self._key() == other._key()
+        return isinstance(other, Edit) and all(
+            alike(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__
+        )
 
     def __hash__(self) -> int:
         return hash((self.name, self.at, self.positions, self.run))
@@ -281,12 +283,19 @@ def _directions(what: str, given: Any) -> tuple[int, ...] | None:
     return numbers
 
 
-def written_out(value: Any) -> Any:
-    """What says whether two interventions are described alike: type and arguments, numbers in full."""
-    if isinstance(value, Intervention):
-        return type(value), {key: written_out(inner) for key, inner in value.config.items()}
-    if isinstance(value, Tensor):
-        # Weights of an autoencoder are many numbers, and their bytes say whether they are the same.
-        numbers = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        return str(value.dtype), tuple(value.shape), hashlib.sha256(numbers).hexdigest()
-    return value
+def alike(a: Any, b: Any) -> bool:
+    """Whether two interventions, or any two values, are described alike: type and arguments, bit for bit."""
+    if a is b:
+        return True
+    if isinstance(a, Intervention):
+        return type(a) is type(b) and alike(a.config, b.config)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
+    if isinstance(a, Tensor):
+        same = isinstance(b, Tensor) and a.dtype == b.dtype and a.shape == b.shape
+        return same and torch.equal(_bytes(a), _bytes(b).to(a.device))
+    return not isinstance(b, Tensor) and bool(a == b)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

@@ -106,17 +106,19 @@ class InterventionGraph:
         under `node`; an edge's `kind` is `edits`, `reads`, `supplies` or `decides`.
         """
         flow: nx.DiGraph = nx.DiGraph()
-        for run in (*self.sources, BASE):
-            flow.add_node(("run", run), node=None if run == BASE else Source(run))
+        for source in self.nodes:
+            if isinstance(source, Source):
+                flow.add_node(("run", source.name), node=source)
+        flow.add_node(("run", BASE), node=None)
         for read in self.reads:
             flow.add_node(("read", read.label), node=read)
             flow.add_edge(("run", read.run), ("read", read.label), kind="reads")
         for edit in self.edits:
             flow.add_node(("edit", edit.name), node=edit)
             flow.add_edge(("edit", edit.name), ("run", edit.run), kind="edits")
-            wanted = [] if edit.source_read is None else [(edit.source_read, "source", "supplies")]
-            for place, read in enumerate(() if edit.when is None else edit.when.reads):
-                wanted.append((read, f"when{place}", "decides"))
+            source_read = edit.source_read
+            wanted = [] if source_read is None else [(source_read, "source", "supplies")]
+            wanted += [(read, f"when{n}", "decides") for n, read in enumerate(edit.condition_reads)]
             for read, what, kind in wanted:
                 key = ("read", f"{edit.name}.{what}")
                 flow.add_node(key, node=read)
@@ -136,15 +138,19 @@ class InterventionGraph:
             mine, theirs = ([e for e in graph.edits if e.run == run] for graph in (self, other))
             if mine != theirs:
                 named = ", ".join(repr(edit.name) for edit in (*mine, *theirs))
+                how = "they edit it differently" if mine and theirs else "only one of them edits it"
                 raise GraphError(
-                    f"both graphs have a run {run!r}, and only one of them edits it ({named}), so that the "
+                    f"both graphs have a run {run!r}, and {how} ({named}), so that the "
                     "other would read what it did not ask for; rename one, as in "
                     f"graph.rename({{{run!r}: 'other'}})"
                 )
-        new = [node for node in other.nodes if not (isinstance(node, Source) and node in self.nodes)]
-        return InterventionGraph(
-            *self.nodes, *[n for n in new if not (isinstance(n, Edit) and n in self.nodes and n.run != BASE)]
-        )
+
+        def once(node: Node) -> bool:
+            """Whether a node of a source run, or the run itself, is one that both graphs have."""
+            of_source = isinstance(node, Source) or (isinstance(node, Edit) and node.run != BASE)
+            return of_source and node in self.nodes
+
+        return InterventionGraph(*self.nodes, *[node for node in other.nodes if not once(node)])
 
     def __getitem__(self, name: str) -> Edit | Read | Source:
         for node in self.nodes:
@@ -168,7 +174,7 @@ class InterventionGraph:
         while True:
             runs = {node.run for node in kept if not isinstance(node, Source)}
             runs |= {read.run for edit in kept if isinstance(edit, Edit) for read in edit.reads}
-            runs |= {node.inputs or BASE for node in kept if isinstance(node, Source)} - {BASE}
+            runs |= {node.inputs for node in kept if isinstance(node, Source) and node.inputs}
             # What is read in a run is what its own edits make of it, or those of them that are named.
             needed: set[Node] = {n for n in self.nodes if isinstance(n, Source) and n.name in runs}
             needed |= {n for n in self.edits if n.run in runs - {BASE} - chosen}

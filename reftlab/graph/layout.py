@@ -174,7 +174,7 @@ def condition_reads(graph: InterventionGraph) -> dict[Read, list[Edit]]:
     """Every read that a condition looks at, once, with the edits whose conditions do."""
     found: dict[Read, list[Edit]] = {}
     for edit in graph.edits:
-        for read in () if edit.when is None else edit.when.reads:
+        for read in edit.condition_reads:
             found.setdefault(read, []).append(edit)
     return found
 

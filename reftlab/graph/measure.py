@@ -43,12 +43,9 @@ class Expression:
         return tuple(found)
 
     @property
-    def widths(self) -> dict[Read, int]:
-        """How many features the vectors of a read must have, for those that say so."""
-        found: dict[Read, int] = {}
-        for part in self._parts():
-            found.update({} if isinstance(part, Read) else part.widths)
-        return found
+    def widths(self) -> tuple[tuple[Read, int], ...]:
+        """Reads, and how many features their vectors must have, wherever a part says so."""
+        return tuple(pair for part in self._parts() if not isinstance(part, Read) for pair in part.widths)
 
     def with_reads(self, change: Callable[[Read], Read]) -> Any:
         """The expression with every read changed."""
@@ -142,8 +139,8 @@ class Projection(Measure):
         return base @ (self.direction / self.direction.norm()).to(base)
 
     @property
-    def widths(self) -> dict[Read, int]:
-        return {self.of: len(self.direction)}
+    def widths(self) -> tuple[tuple[Read, int], ...]:
+        return ((self.of, len(self.direction)),)
 
     def with_reads(self, change: Callable[[Read], Read]) -> Projection:
         return Projection(change(self.of), self.direction)
@@ -183,8 +180,8 @@ class Probability(Measure):
         return torch.sigmoid(logits[:, 0] if self.index == 1 else -logits[:, 0])
 
     @property
-    def widths(self) -> dict[Read, int]:
-        return {self.of: self.weight.shape[1]}
+    def widths(self) -> tuple[tuple[Read, int], ...]:
+        return ((self.of, self.weight.shape[1]),)
 
     def with_reads(self, change: Callable[[Read], Read]) -> Probability:
         return Probability(change(self.of), self.weight, self.bias, self.index)

@@ -9,7 +9,6 @@ from reftlab.interventions.gate import SoftGate
 from reftlab.interventions.mask import BoundlessSwap, MaskedSwap
 from reftlab.interventions.reft import ConsReFT, DiReFT, LobiReFT, LoReFT, NodiReFT, NoReFT
 from reftlab.interventions.rotate import PCASwap, RotatedSwap
-from reftlab.interventions.saelens import load_sae
 from reftlab.interventions.simple import (
     Add,
     Clamp,
@@ -56,5 +55,4 @@ __all__ = [
     "Swap",
     "Zero",
     "intervention_types",
-    "load_sae",
 ]

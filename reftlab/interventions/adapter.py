@@ -9,10 +9,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from reftlab.errors import InterventionError, did_you_mean
+from reftlab.errors import InterventionError
 from reftlab.interventions.base import Affine, Intervention, number, whole
 from reftlab.interventions.gate import SoftGate
-from reftlab.interventions.reft import ACTIVATIONS
+from reftlab.interventions.reft import ACTIVATIONS, check_activation
 
 __all__ = ["Adapter", "Gated"]
 
@@ -40,11 +40,7 @@ class Adapter(Intervention):
     def __init__(self, bottleneck: int, activation: str | None = "relu") -> None:
         super().__init__()
         self.bottleneck, self.activation = whole(bottleneck, "bottleneck", 1), activation
-        if activation is not None and activation not in ACTIVATIONS:
-            hint = did_you_mean(str(activation), ACTIVATIONS)
-            raise InterventionError(
-                f"activation={activation!r}: expected None or one of {', '.join(ACTIVATIONS)}.{hint}"
-            )
+        check_activation(activation)
 
     def setup(self, width: int) -> None:
         self.down = nn.Linear(width, self.bottleneck)
@@ -90,11 +86,10 @@ class Gated(Intervention):
         if not isinstance(inner, Intervention):
             raise InterventionError(f"inner={inner!r}: expected an intervention, as in Gated(LoReFT(rank=4))")
         self.inner, self.sparsity = inner, number(sparsity, "sparsity", 0.0)
-        self.takes_source = inner.takes_source  # type: ignore[misc]
-        self.takes_subspace = inner.takes_subspace  # type: ignore[misc]
-        self.counts_positions = inner.counts_positions  # type: ignore[misc]
-        self.counts_rows = inner.counts_rows  # type: ignore[misc]
-        self.averages_source = inner.averages_source  # type: ignore[misc]
+        for trait in (
+            "takes_source", "takes_subspace", "counts_positions", "counts_rows", "averages_source"
+        ):  # fmt: skip
+            setattr(self, trait, getattr(inner, trait))
 
     def setup(self, width: int) -> None:
         self.inner = self.inner.build(width)

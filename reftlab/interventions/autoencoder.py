@@ -7,6 +7,7 @@ encode; `W_dec` (m × width) and `b_dec` (width) decode; `θ` (m) are thresholds
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -152,6 +153,9 @@ class SAEEdit(Intervention):
 
     takes_source = "optional"
     takes_subspace = "basis"
+    _chosen: Tensor | None
+    _set_to: Tensor
+    _scaled_by: Tensor
 
     def __init__(
         self,
@@ -173,13 +177,19 @@ class SAEEdit(Intervention):
         self.swap = swap if swap is None or swap == "all" else self._numbers(swap, "swap")  # type: ignore[assignment]
         self.error_term = flag(error_term, "error_term")
         named = [*(self.set or ()), *(self.scale or ()), *(self.ablate or ())]
-        twice = sorted({n for n in named if named.count(n) > 1 or (self.swap and n in self._swapped())})
+        swapped = dict.fromkeys(range(sae.features) if self.swap == "all" else self.swap or ())
+        twice = sorted(n for n, count in Counter(named).items() if count > 1 or n in swapped)
         if twice:
             raise InterventionError(
                 f"feature {twice[0]} is changed in two ways; name it in one of set=, scale=, ablate=, swap="
             )
         if not named and not self.swap:
             raise InterventionError("SAEEdit changes nothing; give set=, scale=, ablate= or swap=")
+        # In the order set, scaled, ablated, swapped; where all are swapped there is nothing to choose.
+        chosen = None if self.swap == "all" else torch.tensor([*named, *(self.swap or ())])
+        amounts = [torch.tensor(list((group or {}).values())) for group in (self.set, self.scale)]
+        for name, tensor in (("_chosen", chosen), ("_set_to", amounts[0]), ("_scaled_by", amounts[1])):
+            self.register_buffer(name, tensor, persistent=False)
 
     def _number(self, value: Any, argument: str) -> int:
         # JSON knows no whole numbers as keys.
@@ -205,16 +215,6 @@ class SAEEdit(Intervention):
             for key, value in values.items()
         }
 
-    def _swapped(self) -> Sequence[int]:
-        return range(self.sae.features) if self.swap == "all" else self.swap or ()
-
-    def _chosen(self, device: torch.device) -> Tensor | None:
-        """The features that change, in the order set, scaled, ablated, swapped; None for all as they are."""
-        if self.swap == "all":
-            return None
-        named = [*(self.set or ()), *(self.scale or ()), *(self.ablate or ()), *(self.swap or ())]
-        return torch.tensor(named, device=device)
-
     @property
     def directions(self) -> int:
         """Number of features."""
@@ -235,26 +235,28 @@ class SAEEdit(Intervention):
         *,
         subspace: Bool[Tensor, "n features"] | None = None,
     ) -> Float[Tensor, "n width"]:
-        chosen = self._chosen(base.device)
-        which = slice(None) if chosen is None else chosen
-        before = self.sae.encode(base, chosen)
+        which = slice(None) if self._chosen is None else self._chosen
+        if self.error_term:
+            start, before = base, self.sae.encode(base, self._chosen)
+        else:
+            # Without the error term the change is one of the reconstruction.
+            every = self.sae.encode(base)
+            start, before = self.sae.decode(every), every[:, which]
         change = self._after(before, source) - before
         if subspace is not None:
             change = change * subspace[:, which]
-        # Without the error term the change is one of the reconstruction.
-        start = base if self.error_term else self.sae(base)
         return start + change @ self.sae.decoder[which].float()
 
     def _after(self, before: Tensor, source: Tensor | None) -> Tensor:
         """The new activations `(n, k)` of the features that change, from those before."""
-        if self.swap == "all":
+        if self._chosen is None:
             assert source is not None
             return self.sae.encode(source)
         counts = [len(group or ()) for group in (self.set, self.scale, self.ablate, self.swap)]
         fixed, scaled, ablated, swapped = before.split(counts, dim=1)
-        fixed = before.new_tensor(list((self.set or {}).values())).expand_as(fixed)
-        scaled = scaled * before.new_tensor(list((self.scale or {}).values()))
+        fixed = self._set_to.to(before).expand_as(fixed)
+        scaled = scaled * self._scaled_by.to(before)
         if self.swap:
             assert source is not None
-            swapped = self.sae.encode(source, torch.tensor(self.swap, device=before.device))
+            swapped = self.sae.encode(source, self._chosen[-counts[-1] :])
         return torch.cat([fixed, scaled, torch.zeros_like(ablated), swapped], dim=1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from reftlab.errors import InterventionError
 from reftlab.interventions.basis import OrthonormalBasis
-from reftlab.interventions.gate import PassMean
+from reftlab.interventions.passing import PassMean
 
 __all__ = ["Affine", "Intervention", "intervention_types"]
 
@@ -34,6 +34,23 @@ class Affine:
     write: Float[Tensor, "width rank"]
     read: Float[Tensor, "rank width"]
     constant: Float[Tensor, " width"]
+
+    @classmethod
+    def adding(cls, constant: Float[Tensor, " width"]) -> Affine:
+        """The edit that reads nothing and adds `constant`."""
+        nothing = constant.new_zeros(len(constant), 0)
+        return cls(nothing, nothing.T, constant)
+
+    @classmethod
+    def removing(
+        cls,
+        left: Float[Tensor, "width rank"],
+        right: Float[Tensor, "rank width"],
+        mean: Float[Tensor, " width"] | None,
+    ) -> Affine:
+        """The edit `h − left · right (h − mean)`."""
+        constant = left.new_zeros(len(left)) if mean is None else left @ (right @ mean)
+        return cls(-left, right, constant)
 
 
 class Intervention(nn.Module):
@@ -155,8 +172,8 @@ class Intervention(nn.Module):
             extra["rows"] = rows
         if subspace is not None:
             subspace = self._checked_subspace(subspace, base)
-        if subspace is not None and self.takes_subspace == "basis":
-            extra["subspace"] = subspace
+            if self.takes_subspace == "basis":
+                extra["subspace"] = subspace
         if base.dtype in (torch.bfloat16, torch.float16):
             new = self(base.float(), None if source is None else source.float(), **extra).to(base.dtype)
         else:
@@ -187,13 +204,16 @@ class Intervention(nn.Module):
         """Take note that the share `progress` of training, 0 to 1, is done; nothing to do by default."""
 
     def prepare(self) -> None:
-        """Compute ahead what the coming forward pass shares; the runtime calls it before each one."""
+        """Compute ahead what the coming forward pass shares, and begin the means that penalties are made of.
+
+        The runtime calls it before each forward pass, and once for a whole generation.
+        """
         for module in self.modules():
             if isinstance(module, OrthonormalBasis | PassMean):
                 module.start_pass()
 
     def finish(self) -> None:
-        """Drop what `prepare` computed, unless a backward pass may need it."""
+        """Drop what `prepare` computed, unless a backward pass may need it, and end the means."""
         for module in self.modules():
             if isinstance(module, OrthonormalBasis | PassMean):
                 module.end_pass()
@@ -265,6 +285,17 @@ def as_vector(value: Any, argument: str) -> Tensor | None:
     return tensor
 
 
+def as_feature_vector(value: Any, argument: str, width: int) -> Tensor | None:
+    """Turn a number or `width` numbers into a float32 tensor `(width,)`; None stays None.
+
+    Raises:
+        InterventionError: neither, or numbers that are not finite.
+    """
+    vector = as_vector(value, argument)
+    check_width(vector, argument, width)
+    return None if vector is None else vector.expand(width).clone()
+
+
 def as_matrix(value: Any, argument: str) -> Tensor:
     """Turn rows of numbers into a float32 tensor `(rows, width)`; one vector is one row.
 
@@ -307,6 +338,12 @@ def whole(value: Any, argument: str, low: int) -> int:
     if type(value) is not int or value < low:
         raise InterventionError(f"{argument}={value!r}: expected a whole number of {low} or more")
     return value
+
+
+def check_rank(rank: int, width: int) -> None:
+    """Refuse more directions than a site has features."""
+    if rank > width:
+        raise InterventionError(f"rank={rank} is more than the {width} features of the site")
 
 
 def flag(value: Any, argument: str) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from reftlab.errors import InterventionError
-from reftlab.interventions.base import Affine, Intervention, as_matrix, as_vector, check_width
+from reftlab.interventions.base import Affine, Intervention, as_feature_vector, as_matrix, check_width
 
 __all__ = ["Erase", "ProjectOut"]
 
@@ -38,7 +38,7 @@ class Erase(Intervention):
     Args:
         left: A, `(width, k)`.
         right: B, `(k, width)`.
-        mean: μ, `(width,)`; 0 unless given.
+        mean: μ, `(width,)` or one number for all; 0 unless given.
 
     >>> vectors, labels = torch.randn(100, 8), torch.arange(100) % 2
     >>> Erase.fit(vectors, labels).build(width=8)(vectors).shape
@@ -53,7 +53,7 @@ class Erase(Intervention):
         self,
         left: Tensor | Sequence[Sequence[float]],
         right: Tensor | Sequence[Sequence[float]],
-        mean: Tensor | Sequence[float] | None = None,
+        mean: Tensor | Sequence[float] | float | None = None,
     ) -> None:
         super().__init__()
         rows = as_matrix(right, "right").clone()
@@ -63,9 +63,7 @@ class Erase(Intervention):
                 f"left has the shape {tuple(columns.shape)}; right of shape {tuple(rows.shape)} needs "
                 f"{tuple(rows.shape[::-1])}"
             )
-        vector = as_vector(mean, "mean")
-        if vector is not None:
-            check_width(vector, "mean", rows.shape[1])
+        vector = as_feature_vector(mean, "mean", rows.shape[1])
         # Arguments are saved with the graph, so the state need not hold them once more.
         for name, tensor in (("left", columns), ("right", rows), ("mean", vector)):
             self.register_buffer(name, tensor, persistent=False)
@@ -110,9 +108,8 @@ class Erase(Intervention):
         return base - centred @ self.right.float().T @ self.left.float().T
 
     def affine(self) -> Affine:
-        left, right = self.left.float(), self.right.float()
-        mean = left.new_zeros(left.shape[0]) if self.mean is None else self.mean.float()
-        return Affine(-left, right, left @ (right @ mean))
+        mean = None if self.mean is None else self.mean.float()
+        return Affine.removing(self.left.float(), self.right.float(), mean)
 
 
 class ProjectOut(Intervention):
@@ -128,7 +125,7 @@ class ProjectOut(Intervention):
 
     Args:
         vectors: the directions, `(width,)` or `(k, width)`, linearly independent, of any lengths.
-        mean: μ, `(width,)`; 0 unless given.
+        mean: μ, `(width,)` or one number for all; 0 unless given.
 
     >>> ProjectOut([0.0, 2.0]).build(width=2)(torch.tensor([[3.0, 4.0]])).tolist()
     [[3.0, 0.0]]
@@ -142,13 +139,11 @@ class ProjectOut(Intervention):
     def __init__(
         self,
         vectors: Tensor | Sequence[float] | Sequence[Sequence[float]],
-        mean: Tensor | Sequence[float] | None = None,
+        mean: Tensor | Sequence[float] | float | None = None,
     ) -> None:
         super().__init__()
         rows = as_matrix(vectors, "vectors").clone()
-        vector = as_vector(mean, "mean")
-        if vector is not None:
-            check_width(vector, "mean", rows.shape[1])
+        vector = as_feature_vector(mean, "mean", rows.shape[1])
         lengths = rows.norm(dim=1, keepdim=True)
         if bool((lengths == 0).any()):
             raise InterventionError("vectors has one of length 0, which is no direction")
@@ -200,9 +195,8 @@ class ProjectOut(Intervention):
         return base - (amounts if subspace is None else amounts * subspace) @ self.basis.float()
 
     def affine(self) -> Affine:
-        basis = self.basis.float()
-        mean = basis.new_zeros(basis.shape[1]) if self.mean is None else self.mean.float()
-        return Affine(-basis.T, basis, basis.T @ (basis @ mean))
+        basis, mean = self.basis.float(), None if self.mean is None else self.mean.float()
+        return Affine.removing(basis.T, basis, mean)
 
 
 def _with_labels(vectors: Any, labels: Any) -> tuple[Tensor, Tensor]:

@@ -21,16 +21,14 @@ __all__ = ["BoundlessSwap", "MaskedSwap"]
 class _Scheduled(Intervention):
     """Swaps whose softness falls in a straight line from one temperature to another during training."""
 
-    temperature_start: float
-    temperature_end: float
-    sparsity: float
     temperature: Tensor
 
-    def _check(self) -> None:
+    def __init__(self, temperature_start: float, temperature_end: float, sparsity: float) -> None:
+        super().__init__()
         tiny = 1e-6
-        self.temperature_start = number(self.temperature_start, "temperature_start", tiny)
-        self.temperature_end = number(self.temperature_end, "temperature_end", tiny)
-        self.sparsity = number(self.sparsity, "sparsity", 0.0)
+        self.temperature_start = number(temperature_start, "temperature_start", tiny)
+        self.temperature_end = number(temperature_end, "temperature_end", tiny)
+        self.sparsity = number(sparsity, "sparsity", 0.0)
 
     def setup(self, width: int) -> None:
         # A buffer, so that a saved edit is as sharp as the training left it.
@@ -76,10 +74,7 @@ class BoundlessSwap(_Scheduled):
     def __init__(
         self, temperature_start: float = 50.0, temperature_end: float = 0.1, sparsity: float = 1.0
     ) -> None:
-        super().__init__()
-        self.temperature_start, self.temperature_end = temperature_start, temperature_end
-        self.sparsity = sparsity
-        self._check()
+        super().__init__(temperature_start, temperature_end, sparsity)
 
     def setup(self, width: int) -> None:
         super().setup(width)
@@ -150,10 +145,8 @@ class MaskedSwap(_Scheduled):
         temperature_end: float = 0.01,
         sparsity: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.rotated, self.sparsity = flag(rotated, "rotated"), sparsity
-        self.temperature_start, self.temperature_end = temperature_start, temperature_end
-        self._check()
+        super().__init__(temperature_start, temperature_end, sparsity)
+        self.rotated = flag(rotated, "rotated")
 
     def setup(self, width: int) -> None:
         super().setup(width)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from reftlab.errors import InterventionError, did_you_mean
-from reftlab.interventions.base import Affine, Intervention, number
+from reftlab.interventions.base import Affine, Intervention, check_rank, flag, number, whole
 from reftlab.interventions.basis import OrthonormalBasis
 
 __all__ = ["ConsReFT", "DiReFT", "LoReFT", "LobiReFT", "NoReFT", "NodiReFT"]
@@ -38,6 +38,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def check_activation(name: str | None) -> None:
+    """Refuse a name that no activation has; None is the identity."""
+    if name is not None and name not in ACTIVATIONS:
+        hint = did_you_mean(str(name), ACTIVATIONS)
+        raise InterventionError(
+            f"activation={name!r}: expected None or one of {', '.join(ACTIVATIONS)}.{hint}"
+        )
+
+
 class _LowRank(Intervention):
     """What the family shares: `h + s · dropout(target(h)) · directions`."""
 
@@ -49,21 +58,14 @@ class _LowRank(Intervention):
     bias: bool = True
 
     def _check(self) -> None:
-        if type(self.rank) is not int or self.rank < 1:
-            raise InterventionError(f"rank={self.rank!r}: expected a whole number of 1 or more")
+        whole(self.rank, "rank", 1)
         self.dropout = number(self.dropout, "dropout", 0.0, 1.0)
         self.scale = number(self.scale, "scale")
-        if self.activation is not None and self.activation not in ACTIVATIONS:
-            hint = did_you_mean(str(self.activation), ACTIVATIONS)
-            raise InterventionError(
-                f"activation={self.activation!r}: expected None or one of {', '.join(ACTIVATIONS)}.{hint}"
-            )
-        if type(self.bias) is not bool:
-            raise InterventionError(f"bias={self.bias!r}: expected True or False")
+        check_activation(self.activation)
+        flag(self.bias, "bias")
 
     def setup(self, width: int) -> None:
-        if self.rank > width:
-            raise InterventionError(f"rank={self.rank} is more than the {width} features of the site")
+        check_rank(self.rank, width)
         self.drop = nn.Dropout(self.dropout)
 
     def _activate(self, values: Tensor) -> Tensor:
@@ -287,6 +289,4 @@ class LobiReFT(_Constant):
         return self._write(base, amounts, self.basis(), subspace)
 
     def affine(self) -> Affine:
-        basis, target = self.basis().detach(), self.target.detach().float()
-        nothing = basis.new_zeros(0, basis.shape[0])
-        return Affine(basis[:, :0], nothing, self.scale * (basis @ target))
+        return Affine.adding(self.scale * (self.basis().detach() @ self.target.detach().float()))

@@ -15,7 +15,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from reftlab.errors import InterventionError
-from reftlab.interventions.base import Intervention, as_matrix, as_vector, check_width, whole
+from reftlab.interventions.base import (
+    Intervention,
+    as_feature_vector,
+    as_matrix,
+    check_rank,
+    check_width,
+    whole,
+)
 from reftlab.interventions.basis import OrthonormalBasis
 
 __all__ = ["PCASwap", "RotatedSwap"]
@@ -58,8 +65,7 @@ class RotatedSwap(Intervention):
         self.rank = None if rank is None else whole(rank, "rank", 1)
 
     def setup(self, width: int) -> None:
-        if self.rank is not None and self.rank > width:
-            raise InterventionError(f"rank={self.rank} is more than the {width} features of the site")
+        check_rank(self.rank or width, width)
         self.basis = OrthonormalBasis(width, self.rank or width)
 
     def forward(
@@ -118,10 +124,7 @@ class PCASwap(Intervention):
         # Arguments are saved with the graph, so the state need not hold them once more.
         self.register_buffer("components", rows, persistent=False)
         for name, value in (("mean", mean), ("scale", scale)):
-            vector = as_vector(value, name)
-            if vector is not None:
-                check_width(vector, name, rows.shape[1])
-            self.register_buffer(name, vector, persistent=False)
+            self.register_buffer(name, as_feature_vector(value, name, rows.shape[1]), persistent=False)
         if self.scale is not None and not bool((self.scale > 0).all()):
             raise InterventionError(f"scale has {float(self.scale.min()):g}; expected numbers above 0")
 

@@ -116,8 +116,7 @@ class _WithVector(Intervention):
     def affine(self) -> Affine | None:
         if self._sign is None or self.value is None:
             return None
-        constant = self._sign * self.value.float().expand(self.width or 0)
-        return Affine(constant.new_zeros(len(constant), 0), constant.new_zeros(0, len(constant)), constant)
+        return Affine.adding(self._sign * self.value.float().expand(self.width or 0))
 
 
 class Add(_WithVector):

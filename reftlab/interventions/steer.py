@@ -21,7 +21,7 @@ from reftlab.interventions.base import (
     whole,
 )
 from reftlab.interventions.basis import OrthonormalBasis
-from reftlab.interventions.gate import PassMean
+from reftlab.interventions.passing import PassMean
 
 __all__ = ["ReFTr1", "Steer"]
 
@@ -99,8 +99,7 @@ class Steer(Intervention):
     def affine(self) -> Affine | None:
         if self.norm_matched:
             return None
-        constant = self.amount * self.vector.float()
-        return Affine(constant.new_zeros(len(constant), 0), constant.new_zeros(0, len(constant)), constant)
+        return Affine.adding(self.amount * self.vector.float())
 
 
 class ReFTr1(Intervention):
@@ -111,8 +110,8 @@ class ReFTr1(Intervention):
     `w` (width) has length 1; `d` is the detection score of each of a row's edited tokens, and all of
     them move by the mean of the row's k highest. With `amount` given they move by that instead,
     which is how a trained direction steers: `h + amount · w`, the amount being a multiple of the
-    highest detection on the training data. The penalty `sparsity · mean(d outside the top k)`
-    asks the other tokens not to detect anything.
+    highest detection on the training data. The penalty, `sparsity` times the mean over all
+    tokens of `d`, the top k counted as 0, asks the other tokens not to detect anything.
 
     What counts as a row's tokens is what one call of the model edits: in a decoding step the one
     new token, in a prompt all edited ones. Where nobody says which row a vector is from, each stands
@@ -190,12 +189,11 @@ class ReFTr1(Intervention):
         self.progress = number(progress, "progress", 0.0, 1.0)
 
     def penalty(self) -> Float[Tensor, ""] | None:
-        """`progress · sparsity · mean(d outside the top k)` of the last pass; None without sparsity."""
+        """`progress · sparsity` times the last pass's mean of `d`, the top k as 0; None without sparsity."""
         mean = self.elsewhere.value()
         return None if mean is None or not self.sparsity else self.progress * self.sparsity * mean
 
     def affine(self) -> Affine | None:
         if self.amount is None:
             return None
-        constant = self.amount * self.direction.detach()
-        return Affine(constant.new_zeros(len(constant), 0), constant.new_zeros(0, len(constant)), constant)
+        return Affine.adding(self.amount * self.direction.detach())

@@ -10,6 +10,7 @@ from reftlab.plotting.figures import (
     sizes_figure,
     tokens_figure,
 )
+from reftlab.plotting.interference import interference_figure
 from reftlab.plotting.loss import loss_figure
 from reftlab.plotting.style import drawable, message_figure
 
@@ -18,6 +19,7 @@ __all__ = [
     "directions_figure",
     "drawable",
     "edit_figure",
+    "interference_figure",
     "loss_figure",
     "message_figure",
     "overview_figure",

@@ -59,7 +59,7 @@ def bind_nodes(
             ) -> BoundRead:
                 return _fed(edit, read, fed_by[edit.name, read][number], facts, model, f"{key}.{what}")
 
-            source, when = edit.source_read, edit.when
+            source = edit.source_read
             bound = BoundEdit(
                 key,
                 edit.share or key,
@@ -67,7 +67,7 @@ def bind_nodes(
                 place,
                 _width(place, edit.positions),
                 None if source is None else bound_read(source, "source"),
-                {} if when is None else {r: bound_read(r, f"when{n}") for n, r in enumerate(when.reads)},
+                {read: bound_read(read, f"when{n}") for n, read in enumerate(edit.condition_reads)},
             )
             check_edit(bound)
             edits.append(bound)

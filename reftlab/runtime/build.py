@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from reftlab.errors import BindError
 from reftlab.graph import Gate
-from reftlab.interventions.gate import PassMean, SoftGate
+from reftlab.interventions.gate import SoftGate
+from reftlab.interventions.passing import PassMean
 from reftlab.runtime.places import BoundEdit
 from reftlab.runtime.wrapped import device_of
 

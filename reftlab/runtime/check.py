@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from reftlab.errors import BindError
 from reftlab.graph import BASE, InterventionGraph
-from reftlab.graph.edit import written_out
+from reftlab.graph.edit import alike
 from reftlab.runtime.places import BoundEdit, BoundRead
 
 __all__ = ["check_edit", "check_runs", "check_shared"]
@@ -43,12 +43,13 @@ def check_edit(bound: BoundEdit) -> None:
                 f"edit {bound.edit.name!r} at {bound.site} needs {read.site} of the same run, which is "
                 "reached later; read from another run, or from an earlier site"
             )
-    widths = {} if bound.edit.when is None else bound.edit.when.widths
-    for node, read in bound.when.items():
+    for read in bound.when.values():
         _check_tokens(bound, read)
-        if node in widths and read.width not in (0, widths[node]):
+    for node, width in () if bound.edit.when is None else bound.edit.when.widths:
+        read = bound.when[node]
+        if read.width not in (0, width):
             raise BindError(
-                f"edit {bound.edit.name!r}: its condition has {widths[node]} numbers for vectors of "
+                f"edit {bound.edit.name!r}: its condition has {width} numbers for vectors of "
                 f"{read.width} features at {read.site}"
             )
 
@@ -83,7 +84,7 @@ def check_shared(edits: Iterable[BoundEdit]) -> None:
                 f"edit {bound.key!r} and edit {other.key!r} would both be called {bound.module!r}; choose "
                 "another word for share="
             )
-        same = written_out(bound.edit.intervention) == written_out(other.edit.intervention)
+        same = alike(bound.edit.intervention, other.edit.intervention)
         if not same or bound.width != other.width:
             raise BindError(
                 f"edits {other.key!r} and {bound.key!r} share {bound.module!r} and differ: "

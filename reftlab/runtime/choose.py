@@ -88,8 +88,7 @@ class Chooser:
         tokenizer: PreTrainedTokenizerBase | None,
         options: Options,
     ) -> None:
-        self._head = head_name(model)
-        self._tokenizer, self._options = tokenizer, options
+        self._model, self._tokenizer, self._options = model, tokenizer, options
         self.frames = {name: Frame(layout, layout.rows, 0, layout.width) for name, layout in layouts.items()}
         self._selections: dict[tuple[Position, Phase, int], tuple[Selection, Layout]] = {}
         self._everything: dict[tuple[int, int], Frame] = {}
@@ -136,7 +135,7 @@ class Chooser:
                 self._everything[rows, tokens] = Frame(layout, rows, 0, tokens)
             return self._everything[rows, tokens]
         covered = frame.stop - frame.start
-        if tokens < covered and place.site.module == self._head:
+        if tokens < covered and place.site.module == head_name(self._model):
             # Logits are often computed for the last tokens alone.
             return replace(frame, start=frame.stop - tokens)
         if tokens == covered and rows % max(1, frame.rows) == 0:

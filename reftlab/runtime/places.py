@@ -46,8 +46,22 @@ class Place:
         return View(heads=self.heads).index(width, str(self.site), width // self.head_count)
 
 
+class _Placed:
+    """What has a place in one model."""
+
+    place: Place
+
+    @property
+    def site(self) -> Site:
+        return self.place.site
+
+    @property
+    def order(self) -> int:
+        return self.place.order
+
+
 @dataclass(frozen=True, eq=False)
-class BoundRead:
+class BoundRead(_Placed):
     """A read at one place of one model.
 
     Attributes:
@@ -70,17 +84,9 @@ class BoundRead:
     owner: str = ""
     follows: bool = False
 
-    @property
-    def site(self) -> Site:
-        return self.place.site
-
-    @property
-    def order(self) -> int:
-        return self.place.order
-
 
 @dataclass(frozen=True, eq=False)
-class BoundEdit:
+class BoundEdit(_Placed):
     """An edit at one place of one model.
 
     Attributes:
@@ -100,14 +106,6 @@ class BoundEdit:
     width: int
     source: BoundRead | None
     when: Mapping[Read, BoundRead]
-
-    @property
-    def site(self) -> Site:
-        return self.place.site
-
-    @property
-    def order(self) -> int:
-        return self.place.order
 
     @property
     def positions(self) -> Position:

@@ -6,6 +6,7 @@ from typing import Any
 
 import networkx as nx
 import pytest
+import torch
 
 import reftlab as rl
 from reftlab import Edit, GraphError, InterventionGraph, Read, Source
@@ -192,3 +193,35 @@ def test_a_graph_prints_its_nodes_line_by_line() -> None:
     assert (lines[0], lines[-1], len(lines)) == ("InterventionGraph(", ")", 7)
     assert "Edit('outer'" in lines[1]
     assert repr(InterventionGraph()) == "InterventionGraph()"
+
+
+def test_the_data_flow_holds_the_sources_as_they_were_declared() -> None:
+    source = Source("c", inputs="base", grad=True)
+    edit = Edit("swap", at="blocks[0].output", intervention=rl.Swap(), source=Read(run="c"))
+    flow = InterventionGraph(source, edit).to_networkx()
+    assert flow.nodes["run", "c"]["node"] is source
+    assert flow.nodes["run", "base"]["node"] is None
+
+
+def test_addition_says_whether_one_graph_or_both_edit_a_shared_run() -> None:
+    def graph(name: str, value: float | None) -> InterventionGraph:
+        swap = Edit(name, at="blocks[0].output", intervention=rl.Swap(), source=Read(run="c"))
+        inner = Edit(f"{name}_in_c", at="embed.output", run="c", intervention=rl.Add(value or 0.0))
+        return InterventionGraph(Source("c"), swap, *([] if value is None else [inner]))
+
+    with pytest.raises(GraphError, match="only one of them edits it"):
+        graph("a", None) + graph("b", 1.0)
+    with pytest.raises(GraphError, match="they edit it differently"):
+        graph("a", 1.0) + graph("b", 2.0)
+
+
+def test_edits_are_equal_by_every_number_of_their_interventions() -> None:
+    def edit(vector: torch.Tensor) -> Edit:
+        return Edit("e", at="blocks[0].output", intervention=rl.Add(vector))
+
+    vector = torch.randn(4)
+    assert edit(vector) == edit(vector.clone())
+    assert edit(vector) != edit(vector + 1e-6)
+    assert edit(vector) != edit(torch.cat([vector, vector]))
+    assert edit(vector) != edit(1.0)
+    assert edit(torch.tensor([0.0])) != edit(torch.tensor([-0.0]))

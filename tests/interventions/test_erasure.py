@@ -159,3 +159,12 @@ def test_a_mean_projection_meets_in_the_middle_however_many_vectors_a_class_has(
 def test_what_cannot_be_erased_is_said(make: Any, named: str) -> None:
     with pytest.raises(InterventionError, match=named):
         make()
+
+
+@pytest.mark.parametrize("make", [iv.ProjectOut, lambda v, mean: iv.Erase(v.T, v, mean)])
+def test_a_mean_may_be_one_number_for_all_features(make: Any) -> None:
+    directions, h = torch.eye(2, 5), torch.randn(3, 5)
+    one, many = (make(directions, mean=mean).build(5) for mean in (1.5, [1.5] * 5))
+    assert torch.equal(one(h), many(h))
+    affine = one.affine()
+    torch.testing.assert_close(h + (h @ affine.read.T) @ affine.write.T + affine.constant, many(h))

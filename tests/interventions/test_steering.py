@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reftlab import InterventionError
 from reftlab import interventions as iv
-from reftlab.interventions.gate import PassMean
+from reftlab.interventions.passing import PassMean
 
 WIDTH = 6
 

@@ -210,3 +210,12 @@ def test_conditions_that_come_too_late_or_have_no_tokens_are_refused(llama: Any)
 def test_plans_show_conditions(llama: Any) -> None:
     reft = bound(llama, rl.cosine("blocks[0].output @ last", "blocks[0].output @ first") > 0.8)
     assert "when cosine('blocks[0].output @ last', 'blocks[0].output @ first') > 0.8" in str(reft.plan())
+
+
+@pytest.mark.parametrize("wrong_first", [True, False])
+def test_every_width_that_a_condition_asks_of_one_read_is_checked(llama: Any, wrong_first: bool) -> None:
+    wrong, right = (rl.projection("blocks[0].output @ last", torch.ones(n)) > 0 for n in (8, WIDTH))
+    when = wrong & right if wrong_first else right & wrong
+    edit = rl.Edit("e", at="blocks[1].output", intervention=rl.Zero(), when=when)
+    with pytest.raises(rl.BindError, match="its condition has 8 numbers for vectors of"):
+        rl.InterventionGraph(edit).bind(llama)

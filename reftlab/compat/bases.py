@@ -6,7 +6,6 @@ Interventions" (2024, arXiv:2403.07809).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -27,7 +26,6 @@ __all__ = [
     "SourcelessIntervention",
     "TrainableIntervention",
     "UsersOwn",
-    "as_intervention",
 ]
 
 _Own = TypeVar("_Own", bound="Intervention")
@@ -49,17 +47,19 @@ class InterventionOutput:
 class LocalistRepresentationIntervention(nn.Module):
     """Mark of interventions that act on each number by itself; natively `takes_subspace = "features"`."""
 
+    is_repr_distributed = False
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
-        self.is_repr_distributed = False
 
 
 class DistributedRepresentationIntervention(nn.Module):
     """Mark of interventions with a basis; natively `takes_subspace = "basis"`."""
 
+    is_repr_distributed = True
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
-        self.is_repr_distributed = True
 
 
 class Intervention(nn.Module):
@@ -70,19 +70,21 @@ class Intervention(nn.Module):
     `keep_last_dim=True` or is a `LocalistRepresentationIntervention`.
 
     Args:
-        embed_dim: length of the vectors; found from the model where the component is a known one.
+        embed_dim: length of the vectors; a class that a representation names is given that of its site.
         keep_last_dim: see above.
         subspace_partition: what the numbers in `subspaces=` stand for: for each of them
             `[start, stop]` or a list of directions.
         source_representation: `(width,)`, in place of a source.
     """
 
+    trainable = False
+    use_fast = False
+    is_source_constant = False
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
         self.kwargs = kwargs
-        self.trainable, self.use_fast = False, False
         self.described: Native | None = None
-        self.is_source_constant = False
         self.keep_last_dim: bool = kwargs.get("keep_last_dim", False)
         self.subspace_partition = _partition(kwargs.get("subspace_partition"))
         width = kwargs.get("embed_dim")
@@ -102,7 +104,10 @@ class Intervention(nn.Module):
         self.source_representation = source_representation
 
     def set_interchange_dim(self, interchange_dim: Any) -> None:
-        """Confine the edit to the first directions; natively `Edit(..., subspace=range(k))`."""
+        """Say how many of the first directions to act in; natively `Edit(..., subspace=range(k))`.
+
+        Ready-made interventions keep to them; a `forward` of one's own finds it as `interchange_dim`.
+        """
         self.interchange_dim = torch.as_tensor(interchange_dim)
 
     def native(self) -> Native:
@@ -127,9 +132,7 @@ class Intervention(nn.Module):
 class TrainableIntervention(Intervention):
     """Base class of interventions that learn; natively any `rl.Intervention` with parameters."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.trainable = True
+    trainable = True
 
     def tie_weight(self, linked_intervention: Intervention) -> None:
         """Not supported; natively `Edit(..., share="name")`."""
@@ -139,80 +142,25 @@ class TrainableIntervention(Intervention):
 class ConstantSourceIntervention(Intervention):
     """Base class of interventions that need no source run; natively `takes_source = "no"`."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.is_source_constant = True
+    is_source_constant = True
 
 
 class SourcelessIntervention(Intervention):
     """Base class of interventions without a source; natively `takes_source = "no"`."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.is_source_constant = True
+    is_source_constant = True
 
 
 class BasisAgnosticIntervention(Intervention):
     """Base class that pyvene gives to additions and the like; it says nothing natively."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.basis_agnostic = True
+    basis_agnostic = True
 
 
 class SharedWeightsTrainableIntervention(TrainableIntervention):
     """Base class of interventions with shared weights; natively `Edit(..., share="name")`."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.shared_weights = True
-
-
-class _Callable(Intervention):
-    """A plain function as an intervention; natively `rl.Function(function)`."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__(keep_last_dim=True)
-        self.function = function
-
-    def forward(self, base: Tensor, source: Tensor | None = None, subspaces: Any = None) -> Any:
-        return self.function(base, source) if subspaces is None else self.function(base, source, subspaces)
-
-
-def as_intervention(value: Any, metadata: Mapping[str, Any]) -> Intervention:
-    """The intervention that a representation names: an object, a class, or a function.
-
-    Raises:
-        InterventionError: it is none of them, or the class cannot be made from the representation.
-    """
-    if isinstance(value, type) and issubclass(value, Intervention):
-        try:
-            return value(**metadata)
-        except KeyError as error:
-            raise InterventionError(
-                f"{value.__name__} needs {error.args[0]!r}; give it in the representation, or make the "
-                f"intervention yourself, {value.__name__}(embed_dim=..., {error.args[0]}=...)"
-            ) from error
-    if isinstance(value, Intervention):
-        return value
-    if isinstance(value, Native):
-        return _Wrapped(value)
-    if callable(value) and not isinstance(value, type):
-        return _Callable(value)
-    raise InterventionError(
-        f"intervention={value!r}: expected one such as VanillaIntervention, made or as a class, a function "
-        "of (base, source), or a subclass of reftlab.compat.pyvene.Intervention; one of pyvene's own "
-        "classes does not run here"
-    )
-
-
-class _Wrapped(Intervention):
-    """A native intervention in a representation."""
-
-    def __init__(self, native: Native) -> None:
-        super().__init__()
-        self.described = native
-        self.is_source_constant = native.takes_source == "no"
+    shared_weights = True
 
 
 class UsersOwn(Native):

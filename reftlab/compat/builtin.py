@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, NoReturn
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from reftlab.errors import ArtifactError, InterventionError
 from reftlab.interventions import Intervention as Native
 from reftlab.interventions import OrthonormalBasis
 
-__all__ = ["BuiltIn", "RotateLayer", "find", "rotation"]
+__all__ = ["BuiltIn", "RotateLayer", "Wrapped", "as_intervention", "directions_of", "find", "rotation"]
 
 
 class RotateLayer:
@@ -44,14 +44,17 @@ class BuiltIn(Intervention):
         built: the native intervention with its parameters, or None before it is known.
     """
 
-    native_way: ClassVar[str] = ""
-
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.built: Native | None = None
         self.attached_source: Tensor | None = None
         if self.embed_dim is not None and self._complete():
             self.attach(self.native().build(int(self.embed_dim)))
+
+    @property
+    def acts_alone(self) -> bool:
+        """Whether it acts in a call that gives it no source."""
+        return self.is_source_constant
 
     def _complete(self) -> bool:
         """Whether everything that building takes is known."""
@@ -75,6 +78,24 @@ class BuiltIn(Intervention):
             )
         return self.built
 
+    def confined(self) -> list[int] | None:
+        """The directions that `set_interchange_dim` leaves to the edit, or None for all.
+
+        Raises:
+            InterventionError: it was given something else than one number.
+        """
+        if self.interchange_dim is None:
+            return None
+        given = torch.as_tensor(self.interchange_dim)
+        if given.numel() != 1:
+            raise InterventionError(
+                f"set_interchange_dim({given.tolist()}): {type(self).__name__} takes one number, that of the "
+                f"first directions; the native way to choose others is Edit(..., subspace={given.tolist()})"
+            )
+        count, directions = int(given), self.work().directions
+        whole = self.embed_dim is not None and count == int(self.embed_dim)
+        return None if whole or (directions is not None and count >= directions) else list(range(count))
+
     def rank(self) -> Any:
         """`low_rank_dimension`, which the representation or the intervention gives."""
         given = self.kwargs.get("low_rank_dimension")
@@ -93,13 +114,9 @@ class BuiltIn(Intervention):
         if subspaces is not None:
             mask = torch.zeros(base.shape[0], built.directions, dtype=torch.bool, device=base.device)
             for row, chosen in enumerate(subspaces):
-                mask[row, self.directions_of(chosen)] = True
+                mask[row, directions_of(self, chosen)] = True
             mask = mask.repeat_interleave(len(flat) // base.shape[0], 0)
         return built.edited(flat, from_there, subspace=mask).reshape(base.shape)
-
-    def directions_of(self, chosen: Any) -> list[int]:
-        """The directions that one row's `subspaces` entry stands for."""
-        return directions_of(self, chosen)
 
     def native_state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The native intervention's tensors from those of a saved pyvene intervention."""
@@ -121,6 +138,86 @@ class BuiltIn(Intervention):
         raise ArtifactError(
             f"{type(self).__name__} cannot be read from {shapes}; it was saved by another class"
         )
+
+
+class _Callable(Intervention):
+    """A plain function as an intervention; natively `rl.Function(function)`."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(keep_last_dim=True)
+        self.function = function
+
+    def forward(self, base: Tensor, source: Tensor | None = None, subspaces: Any = None) -> Any:
+        return self.function(base, source) if subspaces is None else self.function(base, source, subspaces)
+
+
+class Wrapped(BuiltIn):
+    """A native intervention in a representation; natively `rl.Edit(..., intervention=...)`."""
+
+    def __init__(self, native: Native) -> None:
+        super().__init__(keep_last_dim=True)
+        self.described = native
+        self.is_source_constant = not _runs(native, given=True)
+
+    @property
+    def acts_alone(self) -> bool:
+        return _runs(self.description(), given=False)
+
+    def set_source_representation(self, source_representation: Tensor) -> None:
+        """Not supported; natively `rl.Add(vector)` and the like, made with the vector."""
+        name = type(self.described).__name__
+        raise InterventionError(f"{name} is native, so make it with its vector, as in rl.Add(vector)")
+
+
+def _runs(native: Native, given: bool) -> bool:
+    """Whether a native intervention runs with a source (`given`), or without one."""
+    try:
+        native.check_source(given)
+    except InterventionError:
+        return False
+    return True
+
+
+def as_intervention(value: Any, metadata: Mapping[str, Any]) -> Intervention:
+    """The intervention that a representation names: an object, a class, or a function.
+
+    Raises:
+        InterventionError: it is none of them, the class cannot be made from the representation, or is a
+            ready-made one with another `forward`.
+    """
+    _check_forward(value if isinstance(value, type) else type(value))
+    if isinstance(value, type) and issubclass(value, Intervention):
+        try:
+            return value(**metadata)
+        except KeyError as error:
+            raise InterventionError(
+                f"{value.__name__} needs {error.args[0]!r}; give it in the representation, or make the "
+                f"intervention yourself, {value.__name__}(embed_dim=..., {error.args[0]}=...)"
+            ) from error
+    if isinstance(value, Intervention):
+        return value
+    if isinstance(value, Native):
+        return Wrapped(value)
+    if callable(value) and not isinstance(value, type):
+        return _Callable(value)
+    raise InterventionError(
+        f"intervention={value!r}: expected one such as VanillaIntervention, made or as a class, a function "
+        "of (base, source), or a subclass of reftlab.compat.pyvene.Intervention; one of pyvene's own "
+        "classes does not run here"
+    )
+
+
+def _check_forward(kind: type) -> None:
+    """Refuse a ready-made intervention with a `forward` of its own, which the native one would pass by."""
+    if not issubclass(kind, BuiltIn) or kind.forward is BuiltIn.forward:
+        return
+    ready = next(base for base in kind.__mro__ if getattr(base, "forward", None) is BuiltIn.forward)
+    raise InterventionError(
+        f"{kind.__name__} has a forward of its own, which would never be called: {ready.__name__} is "
+        "ready-made, and a native intervention does its work. Write it as a subclass of "
+        "SourcelessIntervention, TrainableIntervention or another base class that says nothing of forward, "
+        "or of rl.Intervention"
+    )
 
 
 def directions_of(intervention: Intervention, chosen: Any) -> list[int]:

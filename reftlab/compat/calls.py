@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from reftlab.address import Indices, Joined, PerRow, Position
 from reftlab.compat.builtin import BuiltIn, directions_of
 from reftlab.compat.config import Entry
 from reftlab.compat.locations import Units, batch_rows, read_locations, read_subspaces, token_numbers
-from reftlab.compat.translate import Role, usual_role
+from reftlab.compat.translate import Role, usual_roles
 from reftlab.errors import PositionError, RunError
 from reftlab.graph import BASE
 
@@ -21,8 +20,6 @@ __all__ = ["Call", "When", "planned"]
 
 When = Literal["forward", "prompt", "decode"]
 """A forward pass; a generation whose prompt is edited; one whose generated tokens are."""
-
-_CONFINED = ("features", "basis")
 
 
 @dataclass
@@ -80,13 +77,13 @@ def planned(
         keys = [f"source_{entry.group}->{ends[entry.group]}" for entry in entries]
     places = read_locations(unit_locations, [entry.unit for entry in entries], rows, keys)
     chosen = read_subspaces(subspaces, len(entries), rows)
-    for entry, (there, here), directions in zip(entries, places, chosen, strict=True):
+    roles = usual_roles(entries, mode)
+    for entry, role, (there, here), directions in zip(entries, roles, places, chosen, strict=True):
         supplied = runs[entry.group] is not None or entry.key in given
-        if not (supplied or entry.constant or entry.users_own):
+        if not (supplied or entry.acts_alone):
             continue
         if mode == "serial" and not supplied:
             continue
-        role = usual_role(entry, groups if mode == "serial" else 0)
         _place(call, entry, role, (there, here), base, runs, given, when, mode)
         _confine(call, entry, directions)
     return call
@@ -251,14 +248,10 @@ def _confine(call: Call, entry: Entry, directions: list[list[int]] | None) -> No
         )
     if entry.users_own or entry.collects:
         return
-    kind = own.description()
     if directions is not None:
         call.subspace[entry.name] = [directions_of(own, row) for row in directions]
-    elif isinstance(own, BuiltIn) and own.interchange_dim is not None and kind.takes_subspace in _CONFINED:
-        count = torch.as_tensor(own.interchange_dim)
-        unconfined = own.embed_dim is not None and count.numel() == 1 and int(count) == int(own.embed_dim)
-        if count.dim() == 0 and not unconfined and int(count) < own.work().directions:
-            call.subspace[entry.name] = [list(range(int(count)))]
+    elif isinstance(own, BuiltIn) and (first := own.confined()) is not None:
+        call.subspace[entry.name] = [first]
 
 
 def _arranged(tensor: Tensor, entry: Entry, role: Role) -> Tensor:

@@ -63,12 +63,10 @@ class Place:
     Attributes:
         at: site path.
         heads: whether its vectors are those of single heads.
-        known: whether the name is one of pyvene's, whose width the model tells.
     """
 
     at: str
     heads: bool = False
-    known: bool = True
 
 
 def site_of(component: str, layer: int, model: nn.Module) -> Place:
@@ -86,7 +84,7 @@ def site_of(component: str, layer: int, model: nn.Module) -> Place:
     'block_output'
     """
     if "." in str(component):
-        return Place(str(parse_path(component)), known=False)
+        return Place(str(parse_path(component)))
     plain = component.removeprefix("head_")
     if component not in COMPONENTS:
         raise AddressError(

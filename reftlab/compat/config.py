@@ -11,10 +11,8 @@ from torch import nn
 from reftlab.compat.bases import (
     Intervention,
     LocalistRepresentationIntervention,
-    UsersOwn,
-    as_intervention,
 )
-from reftlab.compat.builtin import BuiltIn
+from reftlab.compat.builtin import BuiltIn, as_intervention
 from reftlab.compat.components import Place, site_of
 from reftlab.compat.interventions import CollectIntervention, SkipIntervention, VanillaIntervention
 from reftlab.errors import ConfigError, did_you_mean
@@ -181,12 +179,17 @@ class Entry:
 
     @property
     def constant(self) -> bool:
-        """Whether it acts without a source."""
+        """Whether it takes no source."""
         return self.intervention.is_source_constant
 
     @property
+    def acts_alone(self) -> bool:
+        """Whether it acts in a call that gives it no source."""
+        return not isinstance(self.intervention, BuiltIn) or self.intervention.acts_alone
+
+    @property
     def users_own(self) -> bool:
-        return isinstance(self.intervention.description(), UsersOwn)
+        return not isinstance(self.intervention, BuiltIn)
 
 
 def entries_of(config: IntervenableConfig, model: nn.Module, example: Any = None) -> list[Entry]:
@@ -232,16 +235,9 @@ def entries_of(config: IntervenableConfig, model: nn.Module, example: Any = None
 
 def key_of(given: RepresentationConfig, dotted: bool = False) -> str:
     """The key that pyvene gives a representation, without its number; `dotted` in the style before 0.1.7."""
-    if dotted:
-        start = (
-            f"comp.{given.component}"
-            if "." in given.component
-            else f"layer.{given.layer}.comp.{given.component}"
-        )
-        return f"{start}.unit.{given.unit}.nunit.{given.max_number_of_units}"
-    part = given.component.replace(".", "_")
-    start = f"comp_{part}" if "." in given.component else f"layer_{given.layer}_comp_{part}"
-    return f"{start}_unit_{given.unit.replace('.', '_')}_nunit_{given.max_number_of_units}"
+    layer = "" if "." in given.component else f"layer.{given.layer}."
+    key = f"{layer}comp.{given.component}.unit.{given.unit}.nunit.{given.max_number_of_units}"
+    return key if dotted else key.replace(".", "_")
 
 
 def _width(place: Place, model: nn.Module, example: Any) -> int:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from reftlab.errors import DataError, PositionError
@@ -257,5 +256,4 @@ def _rows(
 
 
 def _ids(tokenizer: Any, text: str, special: bool = True) -> list[int]:
-    found = tokenizer(text, add_special_tokens=special)["input_ids"]
-    return found.tolist() if isinstance(found, Tensor) else list(found)
+    return list(tokenizer(text, add_special_tokens=special)["input_ids"])

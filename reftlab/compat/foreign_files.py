@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from reftlab.compat import interventions, reft_interventions
 from reftlab.compat.bases import Intervention, TrainableIntervention
-from reftlab.compat.builtin import BuiltIn, find, rotation
+from reftlab.compat.builtin import BuiltIn, Wrapped, find, rotation
 from reftlab.compat.config import IntervenableConfig, RepresentationConfig, key_of
 from reftlab.errors import ArtifactError, ReftlabError
 
@@ -32,6 +32,7 @@ __all__ = [
     "known_class",
     "load_model_part",
     "read_folder",
+    "ready_name",
     "restored",
     "tensors_of",
 ]
@@ -99,6 +100,12 @@ def known_class(name: str) -> type[Intervention] | None:
     return None
 
 
+def ready_name(own: Intervention) -> str:
+    """The name by which `restored` finds a class: that of the ready-made one which it is or extends."""
+    kinds = (kind for kind in type(own).__mro__ if kind is Wrapped or known_class(kind.__name__) is kind)
+    return next(kinds, type(own)).__name__
+
+
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / _CONFIG
     if not path.is_file():
@@ -108,7 +115,7 @@ def _config(folder: Path) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged: {error}; copy it again") from error
     if not isinstance(config, dict):
         raise ArtifactError(f"{path} is damaged: expected a mapping")
@@ -141,8 +148,12 @@ def tensors_of(folder: Path, key: str, given: RepresentationConfig) -> dict[str,
     """
     found = _tensors(folder, [key, f"{key_of(given, dotted=True)}#{key.rpartition('#')[2]}"])
     if found is None:
-        raise ArtifactError(f"{folder} lacks intkey_{key}.bin, the numbers of {key}; copy the whole folder")
+        raise _lacks(folder, key)
     return found
+
+
+def _lacks(folder: Path, key: str) -> ArtifactError:
+    return ArtifactError(f"{folder} lacks intkey_{key}.bin, the numbers of {key}; copy the whole folder")
 
 
 def _opened(path: Path) -> dict[str, Tensor]:
@@ -181,9 +192,7 @@ def _intervention(
     arguments: dict[str, Any] = {"subspace_partition": given.subspace_partition}
     if tensors is None:
         if issubclass(made, TrainableIntervention) or given.hidden_source_representation:
-            raise ArtifactError(
-                f"{folder} lacks intkey_{key}.bin, the numbers of {key}; copy the whole folder"
-            )
+            raise _lacks(folder, key)
         return made(**arguments)
     if "source_representation" in tensors and not issubclass(made, TrainableIntervention):
         return made(**arguments, source_representation=tensors["source_representation"].float())
@@ -232,6 +241,8 @@ def restored(folder: Path, facts: Mapping[str, Any], bound: Any) -> Intervenable
     representations = []
     for entry in record["representations"]:
         kind, name = known_class(entry["intervention"]), entry["name"]
+        if entry["intervention"] == Wrapped.__name__:
+            kind = Wrapped
         if kind is None:
             raise ArtifactError(
                 f"{folder}: {entry['intervention']!r} is no intervention of pyreft's or pyvene's"
@@ -260,9 +271,10 @@ def revived(
     own.subspace_partition = entry["subspace_partition"]
     own.is_source_constant = entry["is_source_constant"]
     assert isinstance(own, BuiltIn)
-    own.described, own.built = description, built  # type: ignore[assignment]
+    own.described, own.built = description, None
     if entry["interchange_dim"] is not None:
         own.set_interchange_dim(entry["interchange_dim"])
+    own.built = built  # type: ignore[assignment]
     return own
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from reftlab.address import parse_position
+from reftlab.compat.builtin import BuiltIn
+from reftlab.compat.config import Entry
 from reftlab.compat.model import IntervenableModel
-from reftlab.compat.translate import graph_of, usual_role
+from reftlab.compat.translate import graph_of, usual_roles
+from reftlab.errors import PositionError
 from reftlab.runtime import BoundModel
 
 if TYPE_CHECKING:
@@ -29,8 +34,8 @@ def load_artifact(
 ) -> BoundModel:
     """Read a folder that pyreft or pyvene saved as a native bound model.
 
-    From there on it is one like any other: `reft.generate`, `rl.explain(reft, ...)`, `reft + other`,
-    `reft.save(folder)`.
+    With `positions` it is one like any other from there on: `reft.generate`, `rl.explain(reft, ...)`,
+    `reft + other`, `reft.save(folder)`. The model stays as it is, also in what of it learns.
 
     Args:
         folder: where pyreft or pyvene saved it, or the name of a repository on the hub.
@@ -42,14 +47,47 @@ def load_artifact(
 
     Raises:
         ArtifactError: what is missing, damaged, or not known here.
+        PositionError: `positions` that join other numbers of tokens than an intervention takes.
 
     >>> reft = load_artifact("emoji/", model, tokenizer, positions="last")    # doctest: +SKIP
     """
-    loaded = IntervenableModel.load(folder, model, act_fn=act_fn)
+    with _unchanged(model):
+        loaded = IntervenableModel.load(folder, model, act_fn=act_fn)
     entries = loaded._entries
-    groups = max(entry.group for entry in entries) + 1 if loaded.mode == "serial" else 0
-    roles = [usual_role(entry, groups) for entry in entries]
+    roles = usual_roles(entries, loaded.mode)
     if positions != "given":
-        roles = [replace(role, positions=str(parse_position(positions))) for role in roles]
-    built = dict(loaded.reft.interventions.items())
-    return BoundModel(graph_of(entries, roles), model, tokenizer, built=built)
+        position = parse_position(positions)
+        for entry in entries:
+            if position.joins != entry.joins:
+                example = f"joined(last({entry.joins}))" if entry.joins > 1 else "last"
+                raise PositionError(
+                    f"positions={positions!r} join {position.joins} tokens in one vector, and {entry.key} takes "
+                    f"{entry.joins}: expected positions such as {example!r}"
+                )
+        roles = [replace(role, positions=str(position)) for role in roles]
+    graph = graph_of(entries, [replace(r, subspace=_first(e)) for e, r in zip(entries, roles, strict=True)])
+    built = {name: own.train(model.training) for name, own in loaded.reft.interventions.items()}
+    bound = BoundModel(graph, model, tokenizer, built=built)
+    bound.facts.update({name: fact for name, fact in loaded.reft.facts.items() if name != "compat"})
+    return bound
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Leave what of a model learns and what is in training mode as it was before a `with` block."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    training = [module for module in model.modules() if module.training]
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
+
+
+def _first(entry: Entry) -> tuple[int, ...] | None:
+    """The directions that an intervention was saved as confined to, or None for all."""
+    own = entry.intervention
+    confined = own.confined() if isinstance(own, BuiltIn) and not entry.collects else None
+    return None if confined is None else tuple(confined)

@@ -373,6 +373,22 @@ class AutoencoderIntervention(_Coder):
 
     center = True
 
+    def set_interchange_dim(self, interchange_dim: Any) -> None:
+        """Say which features are swapped, before the model is made; natively `swap=`.
+
+        Raises:
+            InterventionError: the model is made, and with it what is swapped.
+        """
+        if self.built is not None:
+            raise InterventionError(
+                f"{type(self).__name__}: set_interchange_dim before the model is made; the native way to "
+                "swap others then is another rl.Edit with rl.SAEEdit(sae, swap=...)"
+            )
+        super().set_interchange_dim(interchange_dim)
+
+    def confined(self) -> None:
+        """None, since `swap=` says already which features there are."""
+
     def _swapped(self) -> Any:
         return [int(n) for n in torch.as_tensor(self.interchange_dim).flatten()]
 

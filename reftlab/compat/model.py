@@ -23,12 +23,14 @@ from reftlab.compat.foreign_files import (
     is_foreign,
     load_model_part,
     read_folder,
+    ready_name,
     restored,
     tensors_of,
 )
-from reftlab.compat.translate import Role, graph_of, usual_role
+from reftlab.compat.translate import Role, graph_of, usual_roles
 from reftlab.errors import BindError, ConfigError, RunError
 from reftlab.runtime import BoundModel, load
+from reftlab.runtime.wrapped import device_of
 
 __all__ = ["IntervenableModel", "IntervenableModelOutput"]
 
@@ -94,19 +96,22 @@ class IntervenableModel(Face):
         self._entries = entries_of(self.config, model, example)
         if not self._entries:
             raise ConfigError("representations is empty; give at least one")
-        groups = max(entry.group for entry in self._entries) + 1
-        roles = [usual_role(e, groups if self.config.mode == "serial" else 0) for e in self._entries]
+        roles = usual_roles(self._entries, self.mode)
         graph = graph_of(self._entries, roles)
         built = {
             e.module: _ready(e.intervention) for e in self._entries if _ready(e.intervention) is not None
         }
         self.reft = BoundModel(graph, model, tokenizer, example=example, built=built)  # type: ignore[arg-type]
         self._check_widths()
+        for bound in reversed(self.reft.edits):
+            # Those that were made before the model are where they were made.
+            place = device_of(model.get_submodule(bound.site.module), model)
+            self.reft.interventions[bound.module].to(place)
         for entry in self._entries:
             if isinstance(entry.intervention, BuiltIn) and not entry.collects:
                 entry.intervention.attach(self.reft.interventions[entry.module])  # type: ignore[arg-type]
         self._variants: dict[Any, BoundModel] = {}
-        if all(entry.constant or entry.users_own for entry in self._entries) and not self._collects:
+        if not self._collects:
             self._variants[self._variant_key(self._entries, roles)] = self.reft
         self.full_intervention_outputs: list[Any] = []
         self.disable_model_gradients()
@@ -259,15 +264,18 @@ class IntervenableModel(Face):
 
     @contextlib.contextmanager
     def _prepared(self, call: Call, bound: BoundModel) -> Iterator[None]:
-        """Tell users' own interventions what this call's vectors are."""
+        """Tell users' own interventions what this call's vectors are, and keep what they return besides."""
         own = [(e, bound.interventions[e.module]) for e in call.entries if not e.collects]
         users = [(entry, module) for entry, module in own if isinstance(module, UsersOwn)]
         for entry, module in users:
             module.units, module.subspaces = call.units[entry.name], call.subspaces[entry.name]
-        yield
-        for _, module in users:
-            self.full_intervention_outputs += module.returned
-            module.units, module.subspaces, module.returned = None, None, []
+            module.returned = []
+        try:
+            yield
+        finally:
+            for _, module in users:
+                self.full_intervention_outputs += module.returned
+                module.units, module.subspaces, module.returned = None, None, []
 
     @property
     def _collects(self) -> bool:
@@ -317,7 +325,9 @@ class IntervenableModel(Face):
                 load_model_part(folder, model)
             return cls(read_folder(folder, act_fn), model)
         bound = load(folder, model)
-        return cls(restored(folder, bound.facts, bound), model)
+        made = cls(restored(folder, bound.facts, bound), model)
+        made.reft.facts.update(bound.facts)
+        return made
 
     def save(
         self,
@@ -331,7 +341,9 @@ class IntervenableModel(Face):
         `rl.load` reads it as well as `load` does. Nothing is pickled.
 
         Raises:
-            RunError: `save_to_hf_hub` or `include_model`, which are not supported.
+            RunError: `save_to_hf_hub`, or `include_model` where the model learns. A model that is frozen
+                is what it was, and is not saved.
+            GraphError: an intervention is code of your own.
         """
         if save_to_hf_hub:
             raise RunError(
@@ -362,7 +374,7 @@ class IntervenableModel(Face):
             ArtifactError: a file is missing, damaged, or of another intervention.
         """
         folder = Path(load_directory).expanduser()
-        if (folder / "graph.yaml").is_file():
+        if (folder / "graph.yaml").is_file() or not folder.is_dir():
             saved = load(folder, self.model).interventions.state_dict()
             self.reft.interventions.load_state_dict(saved)
             return
@@ -379,7 +391,7 @@ class IntervenableModel(Face):
         for entry in self._entries:
             own, dimension = entry.intervention, entry.intervention.interchange_dim
             kept: dict[str, Any] = {name: getattr(entry.representation, name) for name in fields}
-            kept |= {"name": entry.name, "intervention": type(own).__name__}
+            kept |= {"name": entry.name, "intervention": ready_name(own)}
             kept |= {"subspace_partition": own.subspace_partition, "keep_last_dim": own.keep_last_dim}
             kept["is_source_constant"] = own.is_source_constant
             kept["interchange_dim"] = None if dimension is None else torch.as_tensor(dimension).tolist()

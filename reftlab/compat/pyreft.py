@@ -100,7 +100,7 @@ def get_reft_model(
     Args:
         model: the model.
         reft_config: a `ReftConfig`.
-        set_device: has no effect: interventions are made where the model's site is.
+        set_device: has no effect; interventions are always put on the device of their site.
         disable_model_grads: whether to freeze the model; without, what learns of it (LoRA) goes on learning.
     """
     learning = [p for p in model.parameters() if p.requires_grad]

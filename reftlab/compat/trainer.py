@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from reftlab.compat.model import IntervenableModel
-from reftlab.errors import DataError
-from reftlab.runtime.saving import load
+from reftlab.errors import ConfigError, DataError
 
 __all__ = ["ReftTrainer", "ReftTrainerForCausalLM", "ReftTrainerForSequenceClassification"]
 
@@ -29,6 +28,7 @@ class ReftTrainer(Trainer):
 
     Raises:
         DataError: `model` is no `ReftModel`.
+        ConfigError: the training is distributed over several processes.
     """
 
     def __init__(self, model: Any = None, *, tokenizer: Any = None, **kwargs: Any) -> None:
@@ -41,6 +41,13 @@ class ReftTrainer(Trainer):
             kwargs.setdefault("processing_class", tokenizer)
         self.reft_model = model
         super().__init__(model=model.reft, **kwargs)
+        if self.args.world_size > 1:
+            # The loss is that of `reft_model`, not of the wrapper that would average its gradients.
+            raise ConfigError(
+                f"training in {self.args.world_size} processes is not supported, since they would never "
+                "share their gradients; start one, or natively rl.train(reft, examples), which trains on one "
+                "device"
+            )
         self.model_accepts_loss_kwargs = False
         self.label_names = ["labels"]
         if self.args.n_gpu > 1:
@@ -80,14 +87,10 @@ class ReftTrainer(Trainer):
         self.save_model(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self._take(Path(resume_from_checkpoint))
+        self.reft_model.load_intervention(Path(resume_from_checkpoint) / _FOLDER)
 
     def _load_best_model(self) -> None:
-        self._take(Path(str(self.state.best_model_checkpoint)))
-
-    def _take(self, checkpoint: Path) -> None:
-        saved = load(checkpoint / _FOLDER, self.reft_model.model)
-        self.reft_model.reft.interventions.load_state_dict(saved.interventions.state_dict())
+        self.reft_model.load_intervention(Path(str(self.state.best_model_checkpoint)) / _FOLDER)
 
 
 class ReftTrainerForCausalLM(ReftTrainer):

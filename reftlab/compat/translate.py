@@ -16,7 +16,7 @@ from reftlab.graph import BASE, Edit, InterventionGraph, Phase, Read, Source
 from reftlab.interventions import Add, Mean, Subtract, Swap
 from reftlab.interventions import Intervention as Native
 
-__all__ = ["Role", "graph_of", "usual_role"]
+__all__ = ["Role", "graph_of", "usual_roles"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Role:
         source: the run that its source's vectors come from, or None.
         heads: the heads that it edits, or None for all.
         source_heads: the heads that its source is read at.
+        subspace: the directions in which it acts, or None for all or as the call says.
     """
 
     phase: Phase = "prompt"
@@ -38,15 +39,17 @@ class Role:
     source: str | None = None
     heads: tuple[int, ...] | None = None
     source_heads: tuple[int, ...] | None = None
+    subspace: tuple[int, ...] | None = None
 
 
-def usual_role(entry: Entry, serial_runs: int = 0) -> Role:
-    """The role of a representation before any call says more.
+def usual_roles(entries: Sequence[Entry], mode: str) -> list[Role]:
+    """The roles of all representations in `parallel` or `serial` mode before any call says more."""
+    runs = max((entry.group for entry in entries), default=-1) + 1 if mode == "serial" else 0
+    return [_usual_role(entry, runs) for entry in entries]
 
-    Args:
-        entry: the representation.
-        serial_runs: in serial mode the number of sources.
-    """
+
+def _usual_role(entry: Entry, serial_runs: int) -> Role:
+    """One representation's role; `serial_runs` is the number of sources in serial mode, else 0."""
     units = int(entry.representation.max_number_of_units)
     heads = tuple(range(units)) if entry.place.heads else None
     role = Role(
@@ -103,6 +106,7 @@ def graph_of(
                 source=source,
                 phase=role.phase,
                 heads=role.heads,
+                subspace=role.subspace,
                 share=entry.share,
             )
         )

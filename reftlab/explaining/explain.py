@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from reftlab.errors import DataError
 from reftlab.explaining.directions import Directions, find_directions
 from reftlab.explaining.explanation import EditExplanation, Explanation
-from reftlab.explaining.inputs import accepted, batches, evaluating
+from reftlab.explaining.inputs import accepted, batches
 from reftlab.explaining.loss import AnswerLoss
 from reftlab.explaining.record import record
 from reftlab.explaining.removal import Removal, removals
@@ -22,6 +22,7 @@ from reftlab.explaining.tokens import Lens, token_effects
 from reftlab.explaining.vectors import EditVectors, common_axes, sizes_of
 from reftlab.runtime import BoundModel
 from reftlab.runtime.calls import continues_texts
+from reftlab.runtime.modes import evaluating
 from reftlab.training.data import Encoded, Example, as_examples, encode
 from reftlab.training.replies import prompt_form
 

@@ -1,10 +1,8 @@
-"""Examples as the batches that a model takes, and a model put into eval mode for a while."""
+"""Examples as the batches that a model takes."""
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +16,7 @@ from reftlab.training.data import Encoded
 if TYPE_CHECKING:
     from reftlab.runtime import BoundModel
 
-__all__ = ["accepted", "batches", "evaluating"]
+__all__ = ["accepted", "batches"]
 
 _TOKENS_A_BATCH = 2048
 
@@ -69,15 +67,3 @@ def accepted(model: nn.Module) -> frozenset[str]:
     taken = usual & (set(names) | ({"attention_mask"} if anything else set()))
     labels = {"labels"} & set(names) if continues_texts(model) else set()
     return frozenset(taken | labels | {"sources", "positions"})
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Every submodule in eval mode inside a `with` block, and as it was afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training

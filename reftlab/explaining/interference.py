@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reftlab.address import head_name
 from reftlab.errors import DataError
-from reftlab.explaining.inputs import accepted, evaluating
+from reftlab.explaining.inputs import accepted
 from reftlab.graph import BASE, Read
 from reftlab.interventions import Intervention
 from reftlab.runtime.places import BoundEdit
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from reftlab.runtime import BoundModel
+from reftlab.runtime.modes import evaluating
 
 __all__ = ["EditPair", "Interference", "SharedPlace", "interference", "principal_angles", "write_basis"]
 

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from reftlab.errors import RunError
 
-__all__ = ["SoftmaxWatch", "eager_attention"]
+__all__ = ["SoftmaxWatch", "attending"]
 
 Change = Callable[[Tensor], Tensor]
 
@@ -30,7 +30,7 @@ _SOFTMAX = frozenset((torch.softmax, functional.softmax, Tensor.softmax, torch.s
 class SoftmaxWatch(TorchFunctionMode):
     """Shows the softmax of the attention module that is running to whoever asked for it.
 
-    Enter it around the model's call, and tell it with `begin` and `end` which module is running.
+    `attending` puts it around the model's call; tell it with `begin` and `end` which module is running.
     """
 
     def __init__(self) -> None:
@@ -64,15 +64,16 @@ class SoftmaxWatch(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def eager_attention(model: nn.Module, wanted: bool = True) -> Iterator[None]:
-    """Run a Hugging Face model's attention in its eager form inside a `with` block."""
+def attending(model: nn.Module, watch: SoftmaxWatch) -> Iterator[None]:
+    """Run a Hugging Face model's attention in its eager form, and `watch` it, inside a `with` block."""
     configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if _chooses(c)}
     # The public attribute would also set the configurations inside, each of which is its own here.
-    before = {key: getattr(config, _BACKEND) for key, config in configs.items()} if wanted else {}
+    before = {key: getattr(config, _BACKEND) for key, config in configs.items()}
     try:
         for key in before:
             setattr(configs[key], _BACKEND, "eager")
-        yield
+        with watch:
+            yield
     finally:
         for key, backend in before.items():
             setattr(configs[key], _BACKEND, backend)

@@ -8,7 +8,7 @@ other numbers of rows, tokens and decoder tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from einops import rearrange
@@ -86,6 +86,12 @@ _CONVOLVING = (
 )
 
 
+def stream_of(size: int, tokens: Mapping[Stream, int], name: str) -> Stream:
+    """Whose tokens an axis of a site holds, by its size in the example pass; see `axes_of`."""
+    found = [stream for stream, count in tokens.items() if count == size]
+    return "own" if not found else found[-1 if "decoder" in name.split(".") else 0]
+
+
 def axes_of(
     shape: tuple[int, ...],
     module: nn.Module,
@@ -107,8 +113,7 @@ def axes_of(
     rows = shape[0] if rows is None and shape else rows
 
     def stream(size: int) -> Stream:
-        found = [stream for stream, count in tokens.items() if count == size]
-        return "own" if not found else found[-1 if "decoder" in name.split(".") else 0]
+        return stream_of(size, tokens, name)
 
     if len(shape) == 2 and calls > 1 and shape[0] == rows:
         return ROWS, "calls"
@@ -131,9 +136,8 @@ def axes_of(
 
 
 def _three(
-    shape: tuple[int, ...], module: nn.Module, rows: int | None, stream: object
+    shape: tuple[int, ...], module: nn.Module, rows: int | None, stream: Callable[[int], Stream]
 ) -> tuple[Axes, Stream] | None:
-    assert callable(stream)
     if isinstance(module, nn.RNNBase) and not module.batch_first:
         return TOKEN_FIRST, "own"
     if isinstance(module, _CONVOLVING) and shape[0] == rows:

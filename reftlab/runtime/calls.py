@@ -54,13 +54,11 @@ class Calls:
         causal = not self.has_decoder and continues_texts(self._model)
         if prompt is not None:
             return {"tokens": self._whole_prompt(named, prompt, causal)}
-        past = self.past(named)
-        if past == 0 or self.has_decoder:
+        if self.past(named) == 0:
             own = Layout.of(named, causal=causal)
             decoder = Layout.of_decoder(named) if self.has_decoder else None
             found = {} if own is None else {"tokens": own}
-            if past == 0:
-                return found if decoder is None else {**found, "decoder": decoder}
+            return found if decoder is None else {**found, "decoder": decoder}
         cache = _cache(named)
         if cache in self._caches:
             return self._caches[cache]
@@ -98,12 +96,18 @@ class Calls:
         """Whether the call's cache is empty, or one that this object has filled."""
         return self.past(named) == 0 or _cache(named) in self._caches
 
-    def past(self, named: Mapping[str, Any], before: int | None = None) -> int:
-        """How many columns the call's cache holds already.
+    def rows(self, named: Mapping[str, Any]) -> int | None:
+        """How many rows a call has, or None where its arguments do not tell."""
+        tokens = _tokens(named)
+        return None if tokens is None else tokens.shape[0]
 
-        Args:
-            named: the call's arguments by name.
-            before: where the pass before this one ended, in a generation.
+    def tokens(self, named: Mapping[str, Any]) -> int:
+        """How many tokens a call has in each row; 0 where its arguments do not tell."""
+        tokens = _tokens(named)
+        return 0 if tokens is None else tokens.shape[1]
+
+    def past(self, named: Mapping[str, Any]) -> int:
+        """How many columns the call's cache holds already.
 
         Raises:
             RunError: the cache does not tell, as those of state-space models, and is not known.
@@ -116,7 +120,7 @@ class Calls:
         except ValueError as error:
             if not cache.has_previous_state():
                 return 0
-            known = before if before is not None else self._ends.get(cache)
+            known = self._ends.get(cache)
             if known is None:
                 raise RunError(
                     f"this call continues a {type(cache).__name__} that does not say how many tokens it has "
@@ -124,39 +128,35 @@ class Calls:
                 ) from error
             return known
 
-    def windows(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], before: int | None = None
-    ) -> dict[str, Window]:
-        """By stream, the rows, the first column, and the column after the last, that one pass covers.
+    def passed(self, named: Mapping[str, Any], windows: Mapping[str, Window]) -> None:
+        """Note where a pass ended, for caches that do not say how many columns they hold."""
+        cache = _cache(named)
+        if windows and hasattr(cache, "get_seq_length"):
+            self._ends[cache] = list(windows.values())[-1][2]
 
-        Args:
-            args, kwargs: the pass's arguments.
-            before: where the pass before this one ended, in a generation.
+    def windows(self, named: Mapping[str, Any]) -> dict[str, Window]:
+        """By stream, the rows, the first column, and the column after the last, that one pass covers.
 
         Raises:
             RunError: the pass takes some tokens again, so that it covers no window.
         """
-        named = self.named(args, kwargs)
         again = [name for name in ("mems", "target_mapping") if named.get(name) is not None]
         if again:
             raise RunError(
                 f"{type(self._model).__name__}: a pass with {again[0]} takes some of its tokens again, so "
                 "that positions have no place in it; generation with edits and mems are not possible here"
             )
-        past = self.past(named, before)
+        past = self.past(named)
         found: dict[str, Window] = {}
         for stream, tokens in (("tokens", _tokens(named)), ("decoder", _decoder_tokens(named))):
             if tokens is not None and (stream == "tokens" or self.has_decoder):
                 start = past if stream == "decoder" or not self.has_decoder else 0
                 found[stream] = (tokens.shape[0], start, start + tokens.shape[1])
-                cache = _cache(named)
-                if cache is not None and hasattr(cache, "get_seq_length"):
-                    self._ends[cache] = start + tokens.shape[1]
         return found
 
-    def decoder_prompt(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Layout | None:
+    def decoder_prompt(self, named: Mapping[str, Any]) -> Layout | None:
         """The decoder's prompt of a generation, which only its first pass shows."""
-        return Layout.of_decoder(self.named(args, kwargs), open=True) if self.has_decoder else None
+        return Layout.of_decoder(named, open=True) if self.has_decoder else None
 
     def forward_inputs(self, named: Mapping[str, Any]) -> dict[str, Any]:
         """Those of a call's arguments that another forward pass on the same inputs takes.

@@ -29,7 +29,7 @@ def check_runs(graph: InterventionGraph) -> None:
 
 
 def check_edit(bound: BoundEdit) -> None:
-    """Refuse a source of another width, and reads that come too late."""
+    """Refuse sources and conditions of another width, reads that come too late, and tokens that differ."""
     source = bound.source
     if source is not None and source.width != bound.width:
         raise BindError(

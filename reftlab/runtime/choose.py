@@ -178,7 +178,9 @@ class Chooser:
         if frame.group > 1 or grows:
             tokens, ascending = tokens.ascending()
             ranks = ranks[ascending]
-        return self._joined(node, position, Chosen(tokens, ranks, position.joins))
+        chosen = Chosen(tokens, ranks, position.joins)
+        _check_whole(node, position, chosen)
+        return chosen
 
     def selection(self, node: BoundEdit | BoundRead, layout: Layout) -> Selection:
         """All the tokens of the layout that a node chooses."""
@@ -200,15 +202,14 @@ class Chooser:
         # A source without positions of its own goes where its edit goes.
         return given[edit] if edit in given and node.follows else node.positions
 
-    def _joined(self, node: BoundEdit | BoundRead, position: Position, chosen: Chosen) -> Chosen:
-        if position.joins > 1:
-            counts = torch.bincount(chosen.tokens.rows)
-            if bool((counts % position.joins).any()):
-                raise RunError(
-                    f"{_named(node)}: {str(position)!r} joins {position.joins} tokens, and this call covers "
-                    "only some of them; run the prompt in one piece"
-                )
-        return chosen
+
+def _check_whole(node: BoundEdit | BoundRead, position: Position, chosen: Chosen) -> None:
+    """Refuse a pass that covers only some of the tokens that are joined."""
+    if position.joins > 1 and bool((torch.bincount(chosen.tokens.rows) % position.joins).any()):
+        raise RunError(
+            f"{_named(node)}: {str(position)!r} joins {position.joins} tokens, and this call covers "
+            "only some of them; run the prompt in one piece"
+        )
 
 
 def _named(node: BoundEdit | BoundRead) -> str:

@@ -36,10 +36,8 @@ def added(a: BoundModel, b: BoundModel) -> BoundModel:
             f"both have an intervention {both[0]!r}, each its own; choose another word for share= in one of "
             "them"
         )
-    made = _bound(a, graph, {**mine, **theirs}, _common(a.facts, b.facts), b.tokenizer)
     left = a._disabled | b._disabled
-    made._off = [(threading.get_ident(), left)] if left else []
-    return made
+    return _bound(a, graph, {**mine, **theirs}, _common(a.facts, b.facts), left, b.tokenizer)
 
 
 def derived(
@@ -52,16 +50,14 @@ def derived(
         graph: the new graph.
         names: new names of edits by their old ones.
     """
-    kept = dict(bound.interventions.items())
+    kept, names = dict(bound.interventions.items()), names or {}
     for old in bound.edits:
-        new = (names or {}).get(old.edit.name, old.edit.name)
+        new = names.get(old.edit.name, old.edit.name)
         for name in (old.module, *gate_keys(old)):
             if name != old.edit.share:
                 kept[new + name.removeprefix(old.edit.name)] = bound.interventions[name]
-    made = _bound(bound, graph, kept, dict(bound.facts))
-    left = frozenset((names or {}).get(name, name) for name in bound._disabled)
-    made._off = [(threading.get_ident(), left)] if left else []
-    return made
+    left = frozenset(names.get(name, name) for name in bound._disabled)
+    return _bound(bound, graph, kept, dict(bound.facts), left)
 
 
 def _bound(
@@ -69,11 +65,13 @@ def _bound(
     graph: InterventionGraph,
     built: Mapping[str, nn.Module],
     facts: dict[str, Any],
+    off: frozenset[str],
     tokenizer: Any = None,
 ) -> BoundModel:
     tokenizer = tokenizer if like.tokenizer is None else like.tokenizer
     new = BoundModel(graph, like.model, tokenizer, example=like._example, built=built)
     new.facts = facts
+    new._off = [(threading.get_ident(), off)] if off else []
     return new
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,17 +57,16 @@ class Editor:
             chosen = chosen.where(acts)
             source = None if source is None else source[acts.to(source.device)]
         index = node.place.features(tensor.shape[-1])
-        base = gathered(tensor, chosen, frame, index)
+        taken = gathered(tensor, chosen, frame, index)
         rows = chosen.vectors.rows // frame.group
         factor = self._options.factor(node.edit, rows)
         if isinstance(share, Tensor):
             factor = share[:, None] * (factor.to(share) if isinstance(factor, Tensor) else factor)
-        new = self._changed(node, base, source, chosen.vectors, rows, factor)
-        where = _where(chosen.tokens, frame, tensor)
+        new = self._changed(node, taken.vectors, source, chosen.vectors, rows, factor)
         values = new.reshape(len(chosen), -1).to(tensor.dtype)
         if index is not None:
-            values = tensor[where].index_copy(1, index.to(tensor.device), values)
-        return tensor.index_put(where, values)
+            values = taken.tokens.index_copy(1, index.to(tensor.device), values)
+        return tensor.index_put(taken.where, values)
 
     def _counts(self, node: BoundEdit, chosen: Chosen, frame: Frame) -> list[int] | None:
         """How many vectors the edit changes in each row, over all passes; None where that is not known."""
@@ -96,7 +95,7 @@ class Editor:
                 f"{tuple(base.shape)}"
             )
         extra = {
-            "subspace": None if subspace is None else subspace.to(base.device),
+            "subspace": subspace,
             "positions": tokens.numbers,
             "rows": tokens.rows,
         }
@@ -168,13 +167,25 @@ def _where(tokens: Selection, frame: Frame, tensor: Tensor) -> tuple[Tensor, ...
     return rows, (tokens.columns - frame.start).to(tensor.device)
 
 
-def gathered(tensor: Tensor, chosen: Chosen, frame: Frame, index: Tensor | None) -> Tensor:
-    """The chosen vectors `(n, width)`, those that are joined one after the other in one."""
-    whole = tensor[_where(chosen.tokens, frame, tensor)]
+class Gathered(NamedTuple):
+    """What stands at chosen tokens of a site."""
+
+    where: tuple[Tensor, ...]
+    """The tokens' index into the site's tensor."""
+    tokens: Tensor
+    """`(token, site width)`, all features of each token."""
+    vectors: Tensor
+    """`(n, width)`, the features that are meant, those of joined tokens one after the other in one."""
+
+
+def gathered(tensor: Tensor, chosen: Chosen, frame: Frame, index: Tensor | None) -> Gathered:
+    """Take the chosen vectors out of a site's tensor."""
+    where = _where(chosen.tokens, frame, tensor)
+    whole = tensor[where]
     part = whole if index is None else whole[:, index.to(whole.device)]
-    return (
-        part if chosen.joins == 1 else part.reshape(len(part) // chosen.joins, chosen.joins * part.shape[1])
-    )
+    if chosen.joins > 1:
+        part = part.reshape(len(part) // chosen.joins, chosen.joins * part.shape[1])
+    return Gathered(where, whole, part)
 
 
 def _check_new(new: Any, base: Tensor, node: BoundEdit) -> None:

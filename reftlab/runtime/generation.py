@@ -36,9 +36,7 @@ def generate(
     if "inputs" in named:
         named["input_ids"] = named.pop("inputs")
     if not model._active_edits(options) and not sources and not reads:
-        layout = None if options.tasks is None else Layout.of(named, causal=False)
-        if layout is not None:
-            options.check_rows(layout.rows)
+        model._check_tasks(options, named)
         return model.model.generate(*args, **kwargs)
     if named.get("guidance_scale", 1) not in (None, 1):
         raise RunError(

@@ -17,6 +17,7 @@ from reftlab.errors import BindError, RunError
 from reftlab.runtime.axes import axes_of
 from reftlab.runtime.leaf import get_input, get_output
 from reftlab.runtime.scan import example_inputs, moved, sizes_of, skeleton
+from reftlab.runtime.wrapped import eagerly
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -142,7 +143,6 @@ def inspect(model: nn.Module, *, example: Any = None, every: bool = False) -> In
 
 def _widths(model: nn.Module, example: Any) -> dict[str, tuple[int | None, int | None]]:
     seen: dict[str, list[tuple[Shape | None, Shape | None]]] = {}
-    handles = []
 
     def noter(name: str) -> Any:
         def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -157,9 +157,10 @@ def _widths(model: nn.Module, example: Any) -> dict[str, tuple[int | None, int |
         return {}
     copy = skeleton(model)
     for name, module in copy.named_modules():
-        handles.append(module.register_forward_hook(noter(name), with_kwargs=True))
+        module.register_forward_hook(noter(name), with_kwargs=True)
     # Some models need values to run; what was seen until then is still right.
-    with contextlib.suppress(RuntimeError, NotImplementedError, TypeError, ValueError), torch.no_grad():
+    failures = RuntimeError, NotImplementedError, TypeError, ValueError
+    with contextlib.suppress(*failures), torch.no_grad(), eagerly(copy):
         copy(*moved(args, torch.device("meta")), **moved(kwargs, torch.device("meta")))
     rows, tokens = sizes_of(args, kwargs)
     widths = {}

@@ -24,7 +24,6 @@ from reftlab.runtime.reading import Reading, ReadValues
 from reftlab.runtime.run import Run
 from reftlab.runtime.sources import Sources
 from reftlab.runtime.supply import Supply
-from reftlab.runtime.window import Layout
 from reftlab.runtime.wrapped import device_of, eagerly, entrances
 
 if TYPE_CHECKING:
@@ -153,9 +152,7 @@ class BoundModel(nn.Module):
         active = self._active_edits(options)
         named = self._calls.named(args, kwargs)
         if not active and not sources and not reads:
-            layout = None if tasks is None else Layout.of(named, causal=False)
-            if layout is not None:
-                options.check_rows(layout.rows)
+            self._check_tasks(options, named)
             return self.model(*args, **kwargs)
         for intervention in self.interventions.values():
             forget_pass(intervention)
@@ -167,8 +164,7 @@ class BoundModel(nn.Module):
         continues = prompt is not None or past > 0
         output = self._call(run, self.model, args, kwargs)
         self._calls.remember(output, layouts, continues)
-        window = self._calls.windows(args, kwargs).get("tokens")
-        further = past > 0 and prompt is None and window is not None and window[2] - window[1] > 1
+        further = past > 0 and prompt is None and self._calls.tokens(named) > 1
         run.check_touched(continues, further)
         return output
 
@@ -363,9 +359,8 @@ class BoundModel(nn.Module):
         return frozenset(name for thread, names in self._off for name in names if thread == here)
 
     def _active_edits(self, options: Options) -> tuple[BoundEdit, ...]:
-        return tuple(
-            b for b in self._bound_edits if b.edit.name not in self._disabled and options.acts(b.edit)
-        )
+        off = self._disabled
+        return tuple(b for b in self._bound_edits if b.edit.name not in off and options.acts(b.edit))
 
     def _bound(self, reads: tuple[str | Read, ...], positions: Any) -> tuple[BoundRead, ...]:
         if not reads:
@@ -406,7 +401,9 @@ class BoundModel(nn.Module):
         prepared = [module for module in modules if hasattr(module, "prepare")]
         with turn_of(self.model), eagerly(self.model), run.hooks() as hooks:
             for module in entrances(self.model):
-                hooks.on_input(module, self._window_mover(run), first=True)
+                begin, end = self._window_movers(run)
+                hooks.on_input(module, begin, first=True)
+                hooks.on_output(module, end)
             try:
                 for built in prepared:
                     built.prepare()
@@ -419,14 +416,27 @@ class BoundModel(nn.Module):
                     built.finish()
             return output
 
-    def _window_mover(self, run: Run) -> Any:
-        """A hook that tells the run, before each pass of the model, which columns it covers."""
+    def _window_movers(self, run: Run) -> tuple[Any, Any]:
+        """Hooks that tell the run before each pass which columns it covers, and note where it ended."""
+        covered: tuple[dict[str, Any], dict[str, Any]] = {}, {}
 
-        def act(module: nn.Module, args: Any, kwargs: Any) -> None:
-            decoder = None if "decoder" in run.chooser.frames else self._calls.decoder_prompt(args, kwargs)
-            run.move(self._calls.windows(args, kwargs, run.ended), decoder)
+        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+            nonlocal covered
+            named = self._calls.named(args, kwargs)
+            covered = named, self._calls.windows(named)
+            decoder = None if "decoder" in run.chooser.frames else self._calls.decoder_prompt(named)
+            run.move(covered[1], decoder)
 
-        return act
+        def end(module: nn.Module, args: Any, output: Any) -> None:
+            self._calls.passed(*covered)
+
+        return begin, end
+
+    def _check_tasks(self, options: Options, named: Mapping[str, Any]) -> None:
+        """Refuse tasks for another number of rows in a call that nothing acts in."""
+        rows = self._calls.rows(named)
+        if options.tasks is not None and rows is not None:
+            options.check_rows(rows)
 
 
 def _heads(read: BoundRead) -> int | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from reftlab.address import ATTENTION_SIDES, head_name
 from reftlab.errors import RunError, UntouchedEditWarning
-from reftlab.runtime.attention import SoftmaxWatch, eager_attention
+from reftlab.runtime.attention import SoftmaxWatch, attending
 from reftlab.runtime.calls import Layouts
 from reftlab.runtime.choose import Chooser, Chosen, Frame
 from reftlab.runtime.editing import Editor, Observer, gathered
@@ -38,7 +38,7 @@ class Run:
         model: the bare model.
         edits: this run's edits, in the order of the graph.
         reads: this run's reads, which take values after the edits of their site.
-        interventions: built interventions by `BoundEdit.module`, and gates by `gate_key`.
+        interventions: built interventions by `BoundEdit.module`, and gates by `gate_keys`.
         layouts: where prompts stand, by stream; sites' tensors tell where a stream is missing.
         tokenizer: for positions that look at text.
         supplies: what other runs have read, or the call gives, by `BoundRead.label`.
@@ -67,8 +67,6 @@ class Run:
         self.results: dict[str, Supply] = {}
         self.touched: dict[str, int] = {edit.key: 0 for edit in edits}
         self._continues = False
-        self.ended: int | None = None
-        """Where the last pass ended, for caches that do not say how long they are."""
         self._empty: set[str] = set()
         self._visits: dict[int, int] = {}
         self._missing = {read.label for read in reads} if stop_early else set()
@@ -84,8 +82,7 @@ class Run:
         attended = list(dict.fromkeys(module for module, side in groups if side in ATTENTION_SIDES))
         with OwnedHooks(self.model) as owned, contextlib.ExitStack() as stack:
             if attended:
-                stack.enter_context(eager_attention(self.model))
-                stack.enter_context(self._watch)
+                stack.enter_context(attending(self.model, self._watch))
             for name in attended:
                 sides = [groups.get((name, side), []) for side in ("scores", "pattern")]
                 self._attend(self.model.get_submodule(name), name, sides, owned)
@@ -119,7 +116,6 @@ class Run:
         self._visits.clear()
         starts = [start for _, start, _ in windows.values()]
         self._continues = bool(starts) and max(starts) > 0
-        self.ended = windows["tokens"][2] if "tokens" in windows else None
         self.chooser.move(windows, decoder)
 
     def _on_output(self, nodes: list[Node], owned: OwnedHooks) -> Any:
@@ -211,8 +207,9 @@ class Run:
 
     def check_kept(self, kept: Any) -> None:
         """Refuse an edit of logits of which the call keeps only some, chosen by number."""
+        head = head_name(self.model) if isinstance(kept, Tensor) else None
         for bound in self.edits:
-            if isinstance(kept, Tensor) and bound.site.module == head_name(self.model):
+            if head is not None and bound.site.module == head:
                 raise RunError(
                     f"edit {bound.key!r} acts on logits, and logits_to_keep={kept.tolist()} leaves out some "
                     "of them by number; give a number of last tokens, or leave it out"
@@ -256,7 +253,8 @@ class Run:
         frame = self.chooser.frame_for(place, tensor, visits)
         chosen = self.chooser.in_window(node, frame)
         if isinstance(node, BoundRead):
-            self._keep(node, gathered(tensor, chosen, frame, place.features(tensor.shape[-1])), chosen, frame)
+            taken = gathered(tensor, chosen, frame, place.features(tensor.shape[-1]))
+            self._keep(node, taken.vectors, chosen, frame)
             return None
         if len(chosen) == 0:
             if place.stream == "own":
@@ -278,17 +276,13 @@ class Run:
         self.results[node.label] = self.supplies[node.label] = supply
         if before is not None and node.place.stream == "calls":
             self.results[node.label] = _together(before, supply)
-        if node.place.stream != "calls" or not self._awaits_more(node, frame):
+        # Later calls of a recurrent cell may always bring further time steps.
+        if node.place.stream != "calls":
             self._missing.discard(node.label)
-
-    def _awaits_more(self, node: BoundRead, frame: Frame) -> bool:
-        """Whether later calls of a recurrent cell may still bring tokens that a read chooses."""
-        position = self.chooser.position(node)
-        return len(position.select_generated(frame.stop + 4096)) > len(position.select_generated(frame.stop))
 
 
 def _together(before: Supply, after: Supply) -> Supply:
-    """What was read in several calls of a recurrent cell."""
+    """What was read in chunks of a prompt, steps of a generation, or calls of a recurrent cell."""
     assert before.tokens is not None
     assert after.tokens is not None
     tokens, order = Selection.joined([before.tokens, after.tokens]).ascending()

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from reftlab.address import ATTENTION_SIDES, Site
 from reftlab.errors import BindError, ReftlabError
-from reftlab.runtime.attention import SoftmaxWatch, eager_attention
-from reftlab.runtime.axes import ATTENTION, Axes, Stream, axes_of
+from reftlab.runtime.attention import SoftmaxWatch, attending
+from reftlab.runtime.axes import ATTENTION, Axes, Stream, axes_of, stream_of
 from reftlab.runtime.leaf import get_input, get_output
+from reftlab.runtime.modes import evaluating
 from reftlab.runtime.wrapped import device_of, eagerly, forget_wrapping, hidden_memo
 
 __all__ = ["SiteFacts", "example_inputs", "moved", "scan", "sizes_of", "skeleton"]
@@ -61,7 +62,7 @@ def scan(model: nn.Module, sites: Iterable[Site], example: Any = None) -> dict[S
         model: the model.
         sites: the places of interest.
         example: inputs for the pass, a mapping of arguments, a tuple or a tensor; made up for
-            Hugging Face text models.
+            Hugging Face models of text, images and speech.
 
     Raises:
         BindError: no example is known, the model cannot run on it, or a site is never reached.
@@ -79,11 +80,12 @@ def scan(model: nn.Module, sites: Iterable[Site], example: Any = None) -> dict[S
         facts = _watch_for_real(model, wanted, args, kwargs, no_shapes)
     rows, tokens = sizes_of(args, kwargs)
     for site, fact in facts.items():
-        module = model.get_submodule(site.module)
-        found = axes_of(fact.shape, module, rows, tokens, fact.calls, site.module)
+        found: tuple[Axes, Stream] | None
         if site.side in ATTENTION_SIDES and len(fact.shape) == 4:
-            count = (name for name, size in tokens.items() if size == fact.shape[2])
-            found = ATTENTION, next(count, "own")
+            found = ATTENTION, stream_of(fact.shape[2], tokens, site.module)
+        else:
+            module = model.get_submodule(site.module)
+            found = axes_of(fact.shape, module, rows, tokens, fact.calls, site.module)
         if found is not None:
             facts[site] = replace(fact, axes=found[0], stream=found[1])
     for site in wanted:
@@ -96,7 +98,7 @@ def scan(model: nn.Module, sites: Iterable[Site], example: Any = None) -> dict[S
 
 
 def example_inputs(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Turn the caller's example into a call's arguments, or make some up for a text model.
+    """Turn the caller's example into a call's arguments, or make some up for a Hugging Face model.
 
     Raises:
         BindError: none was given, and reftlab does not know what the model takes.
@@ -180,10 +182,8 @@ def skeleton(model: nn.Module) -> nn.Module:
 def _watch_for_real(
     model: nn.Module, sites: list[Site], args: Any, kwargs: Any, cause: Exception
 ) -> dict[Site, SiteFacts]:
-    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        with torch.random.fork_rng():
+        with evaluating(model), torch.random.fork_rng():
             return _watch(model, sites, *moved((args, kwargs), device_of(model)))
     except ReftlabError:
         raise
@@ -192,9 +192,6 @@ def _watch_for_real(
             f"{type(model).__name__} could not run on the example inputs: {error}. Give inputs that "
             "it takes, as in graph.bind(model, example={...})"
         ) from cause
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _watch(
@@ -228,8 +225,7 @@ def _watch(
                 handles.append(module.register_forward_hook(_output_noter(site, note)))
             elif site.side == "input":
                 handles.append(module.register_forward_pre_hook(_input_noter(site, note), with_kwargs=True))
-        attention = eager_attention(model, bool(attended))
-        with torch.no_grad(), eagerly(model), attention, watch if attended else nullcontext():
+        with torch.no_grad(), eagerly(model), attending(model, watch) if attended else nullcontext():
             model(*args, **kwargs)
     finally:
         for handle in handles:

@@ -129,16 +129,19 @@ class Layout:
         labels = inputs.get("labels")
         if causal and isinstance(labels, Tensor) and labels.shape == (rows, width):
             answered = (labels.detach().cpu() != IGNORED_LABEL).long().cummax(dim=1).values.bool()
+        return cls._of_masks(real, answered, ids, open)
+
+    @classmethod
+    def _of_masks(cls, real: Tensor, answered: Tensor, ids: Tensor | None, open: bool) -> Layout:
+        """The layout of rows `(row, token)` of which some tokens are real, and some of those the answer."""
+        rows, width = real.shape
+        ids = None if ids is None else ids.detach().cpu()
         if bool(real.all()) and not bool(answered.any()):
-            whole = cls.everything(rows, width)
-            return replace(whole, ids=None if ids is None else ids.detach().cpu(), open=open)
-        return cls(
-            width,
-            tuple((row & ~answer).nonzero()[:, 0] for row, answer in zip(real, answered, strict=True)),
-            tuple((row & answer).nonzero()[:, 0] for row, answer in zip(real, answered, strict=True)),
-            None if ids is None else ids.detach().cpu(),
-            open,
-        )
+            return replace(cls.everything(rows, width), ids=ids, open=open)
+        pairs = list(zip(real, answered, strict=True))
+        prompts = tuple((row & ~answer).nonzero()[:, 0] for row, answer in pairs)
+        answers = tuple((row & answer).nonzero()[:, 0] for row, answer in pairs)
+        return cls(width, prompts, answers, ids, open)
 
     @classmethod
     def of_decoder(cls, inputs: Mapping[str, Any], *, open: bool = False) -> Layout | None:
@@ -159,13 +162,7 @@ class Layout:
             labelled = labels.detach().cpu() != IGNORED_LABEL
             answered[:, 1:] = labelled.long().cummax(dim=1).values.bool()[:, :-1]
             real[:, 1:] &= labelled[:, :-1] | ~answered[:, 1:]
-        return cls(
-            width,
-            tuple((row & ~answer).nonzero()[:, 0] for row, answer in zip(real, answered, strict=True)),
-            tuple((row & answer).nonzero()[:, 0] for row, answer in zip(real, answered, strict=True)),
-            None if ids is None else ids.detach().cpu(),
-            open,
-        )
+        return cls._of_masks(real, answered, ids, open)
 
     def select(
         self, position: Position, phase: Phase, tokenizer: PreTrainedTokenizerBase | None = None

@@ -94,14 +94,21 @@ def eagerly(model: nn.Module) -> AbstractContextManager[Any]:
     hooks are others; edits come and go with every call.
     """
     # Nothing is compiled where torch's compiler was never loaded, and loading it takes seconds.
-    if "torch._dynamo" not in sys.modules or not any(map(_is_compiled, model.modules())):
+    if "torch._dynamo" not in sys.modules or not _has_compiled(model):
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or _compiled(vars(module).get("forward"))
+def _has_compiled(model: nn.Module) -> bool:
+    # Asked in every call, and several times as fast as by `modules()`.
+    waiting = [model]
+    while waiting:
+        own = waiting.pop().__dict__
+        if own.get("_compiled_call_impl") is not None or _compiled(own.get("forward")):
+            return True
+        waiting += [child for child in own["_modules"].values() if child is not None]
+    return False
 
 
 def _compiled(function: Any) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from reftlab.errors import DataError
+from reftlab.runtime.modes import evaluating
 from reftlab.runtime.window import IGNORED_LABEL
 from reftlab.training.collate import Collator, moved
 from reftlab.training.data import Encoded, Example, as_examples, encode
@@ -59,17 +60,11 @@ def answer_loss(
 def mean_loss(model: Any, encoded: Sequence[Encoded], collate: Collator, batch_size: int) -> float:
     """The answer loss of encoded examples, in eval mode and without gradients."""
     total, count = 0.0, 0
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for start in range(0, len(encoded), batch_size):
-                batch = collate(encoded[start : start + batch_size])
-                batch = moved(batch, model)
-                losses, tokens = summed_loss(model(**batch).logits, batch["labels"])
-                total, count = total + float(losses), count + tokens
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        for start in range(0, len(encoded), batch_size):
+            batch = moved(collate(encoded[start : start + batch_size]), model)
+            losses, tokens = summed_loss(model(**batch).logits, batch["labels"])
+            total, count = total + float(losses), count + tokens
     return total / count
 
 

@@ -14,6 +14,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from reftlab.runtime import BoundModel
+from reftlab.runtime.modes import modes_kept
 
 __all__ = ["learning", "own_randomness", "quiet", "temporary_folder"]
 
@@ -30,11 +31,11 @@ def learning(reft: BoundModel, train_model: bool = False) -> Iterator[None]:
     caches = getattr(config, "use_cache", None)
     saving = _saves_activations(reft.model)
     wanted = {parameter: parameter.requires_grad for parameter in reft.model.parameters()}
-    modes = {module: module.training for module in reft.modules()}
     try:
         for parameter in () if train_model else wanted:
             parameter.requires_grad_(False)
-        yield
+        with modes_kept(reft):
+            yield
     finally:
         for parameter, requires_grad in wanted.items():
             parameter.requires_grad_(requires_grad)
@@ -45,8 +46,6 @@ def learning(reft: BoundModel, train_model: bool = False) -> Iterator[None]:
             (newer or reft.model.gradient_checkpointing_disable)()
             if hasattr(reft.model, "disable_input_require_grads"):
                 reft.model.disable_input_require_grads()
-        for module, training in modes.items():
-            module.training = training
         for parameter in reft.parameters() if train_model else reft.interventions.parameters():
             parameter.grad = None
 

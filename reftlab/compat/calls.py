@@ -11,7 +11,7 @@ from torch import Tensor
 from reftlab.address import Indices, Joined, PerRow, Position
 from reftlab.compat.builtin import BuiltIn, directions_of
 from reftlab.compat.config import Entry
-from reftlab.compat.locations import Units, batch_rows, read_locations, read_subspaces, token_numbers
+from reftlab.compat.locations import Tokens, Units, batch_rows, read_locations, read_subspaces, token_numbers
 from reftlab.compat.translate import Role, usual_roles
 from reftlab.errors import PositionError, RunError
 from reftlab.graph import BASE
@@ -67,7 +67,6 @@ def planned(
         RunError, PositionError: what cannot be carried out.
     """
     rows = batch_rows(base)
-    call = Call(rows, _width(base))
     groups = max(entry.group for entry in entries) + 1 if entries else 0
     runs = _sources(sources, groups)
     given = _representations(source_representations, entries)
@@ -77,15 +76,18 @@ def planned(
         keys = [f"source_{entry.group}->{ends[entry.group]}" for entry in entries]
     places = read_locations(unit_locations, [entry.unit for entry in entries], rows, keys)
     chosen = read_subspaces(subspaces, len(entries), rows)
+    acts = [
+        runs[entry.group] is not None or entry.key in given or (entry.acts_alone and mode != "serial")
+        for entry in entries
+    ]
+    batches = {id(batch): batch for batch in (base, *runs) if batch is not None} if any(acts) else {}
+    tokens = {number: Tokens.of(batch) for number, batch in batches.items()}
+    call = Call(rows, tokens[id(base)].width if any(acts) else 0)
     roles = usual_roles(entries, mode)
-    for entry, role, (there, here), directions in zip(entries, roles, places, chosen, strict=True):
-        supplied = runs[entry.group] is not None or entry.key in given
-        if not (supplied or entry.acts_alone):
-            continue
-        if mode == "serial" and not supplied:
-            continue
-        _place(call, entry, role, (there, here), base, runs, given, when, mode)
-        _confine(call, entry, directions)
+    for act, entry, role, (there, here), directions in zip(acts, entries, roles, places, chosen, strict=True):
+        if act:
+            _place(call, entry, role, (there, here), base, runs, tokens, given, when, mode)
+            _confine(call, entry, directions)
     return call
 
 
@@ -96,6 +98,7 @@ def _place(
     places: tuple[Units, Units],
     base: Mapping[str, Any],
     runs: list[Any],
+    tokens: Mapping[int, Tokens],
     given: Mapping[str, Tensor],
     when: When,
     mode: str,
@@ -133,8 +136,10 @@ def _place(
     call.columns[name], call.units[name] = here.columns, 1
     if not all_along:
         run_inputs = base if role.run == BASE else runs[int(role.run.rpartition("_")[2])]
-        from_run = None if tensor is not None or role.source is None else inputs
-        _tokens(call, entry, (there, here), run_inputs, from_run)
+        if run_inputs is None:
+            raise RunError(f"{entry.key} acts in {role.run}, and sources= gives None for it")
+        from_run = None if tensor is not None or role.source is None else tokens[id(inputs)]
+        _tokens(call, entry, (there, here), tokens[id(run_inputs)], from_run)
 
 
 def _along(call: Call, entry: Entry, role: Role, here: Units, tensor: Tensor | None, when: When) -> Role:
@@ -164,8 +169,8 @@ def _tokens(
     call: Call,
     entry: Entry,
     places: tuple[Units, Units],
-    base: Mapping[str, Any],
-    source: Mapping[str, Any] | None,
+    base: Tokens,
+    source: Tokens | None,
 ) -> None:
     """Note which tokens an entry edits, and which of its source's belong to them."""
     there, here = places
@@ -174,18 +179,15 @@ def _tokens(
         if entry.joins > 1:
             raise PositionError(f"{entry.key} joins {entry.joins} units; give unit_locations")
         call.positions[name] = "all"
-        mask = base.get("attention_mask")
-        full = not isinstance(mask, Tensor) or bool((mask != 0).all())
-        call.units[name] = call.width if full and call.width else None
+        call.units[name] = base.width or None if base.full else None
         return
-    own = token_numbers(here.columns, _mask(base), _width(base) or 2**31, entry.key)
+    own = token_numbers(here.columns, base, entry.key)
     other: list[list[int | None]] | None = None
     if source is not None and there.columns is not None:
         columns = there.columns
-        rows = batch_rows(source)
-        if rows == 1 < len(columns) and len(set(columns)) == 1:
+        if source.rows == 1 < len(columns) and len(set(columns)) == 1:
             columns = columns[:1]
-        other = token_numbers(columns, _mask(source), _width(source) or 2**31, f"the source of {entry.key}")
+        other = token_numbers(columns, source, f"the source of {entry.key}")
     pairs = [_paired(row, own, other, entry) for row in range(len(own))]
     call.positions[name] = _position([[n for n, _ in row] for row in pairs], entry)
     if other is not None:
@@ -301,17 +303,3 @@ def _representations(given: Any, entries: Sequence[Entry]) -> dict[str, Tensor]:
         if key not in known:
             raise RunError(f"source_representations has {key!r}; the interventions are {known}")
     return dict(given)
-
-
-def _mask(inputs: Mapping[str, Any]) -> Tensor | None:
-    mask = inputs.get("attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-
-def _width(inputs: Mapping[str, Any]) -> int:
-    """Columns of a batch; 0 where it has no tokens."""
-    for name in ("input_ids", "inputs_embeds"):
-        tokens = inputs.get(name)
-        if isinstance(tokens, Tensor) and tokens.dim() >= 2:
-            return int(tokens.shape[1])
-    return 0

@@ -37,7 +37,7 @@ class Collector:
     def collected(self) -> list[Tensor]:
         """One tensor `(row, unit, width)` or `(row, head, unit, …)` for each such intervention and pass.
 
-        Where several sequences are generated for a prompt, each of them is a row, those of one prompt together.
+        Where several sequences are generated for a prompt, each is a row, those of one prompt together.
         """
         return [tensor for entry in self.call.entries for tensor in self._kept.get(entry.name, ())]
 
@@ -47,7 +47,7 @@ class Collector:
         later = bool((tokens.columns >= width).any()) if width else False
         # Rows whose units are all padding are not among the tokens.
         seen = sum(map(bool, position.rows)) if isinstance(position, PerRow) and not later else rows
-        group = len(set(tokens.rows.tolist())) // seen
+        group = len(set(tokens.rows.tolist())) // max(seen, 1)
         if later:
             wanted = [sorted(set(tokens.columns.tolist()))] * rows
         elif columns is None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from reftlab.address import parse_path, resolve
 from reftlab.compat.bases import (
     Intervention,
     LocalistRepresentationIntervention,
@@ -198,38 +199,32 @@ def entries_of(config: IntervenableConfig, model: nn.Module, example: Any = None
     Raises:
         ConfigError, AddressError, InterventionError: a representation that cannot be used.
     """
+    for given in config.representations:
+        _check(given)
+    places = [site_of(given.component, given.layer, model) for given in config.representations]
+    kinds = [config.kind(number) for number in range(len(places))]
+    users = [place for place, kind in zip(places, kinds, strict=True) if _is_users(kind)]
+    widths = _widths(users, model, example)
     entries: list[Entry] = []
     linked: dict[Any, Intervention] = {}
     seen: dict[str, int] = {}
     groups = _groups(config)
-    for number, given in enumerate(config.representations):
-        if given.moe_key is not None:
-            raise ConfigError(
-                f"moe_key={given.moe_key!r} is not supported; the native way is a path to the expert, such "
-                "as rl.Edit(..., at='model.layers[3].mlp.experts[0].output')"
-            )
-        if given.unit not in _UNITS:
-            raise ConfigError(f"unit={given.unit!r}: expected one of {', '.join(_UNITS)}")
+    for given, group, place, kind in zip(config.representations, groups, places, kinds, strict=True):
         proposal = key_of(given)
         seen[proposal] = seen.get(proposal, -1) + 1
         key = f"{proposal}#{seen[proposal]}"
-        place = site_of(given.component, given.layer, model)
         link = given.intervention_link_key
         own = linked.get(link) if link is not None else None
         if own is None:
             metadata = {k: v for k, v in given._asdict().items() if not k.startswith("intervention_type")}
-            kind = config.kind(number)
-            users = isinstance(kind, type) and not issubclass(kind, BuiltIn)
-            metadata["embed_dim"] = (
-                _width(place, model, example) * given.max_number_of_units if users else None
-            )
+            metadata["embed_dim"] = widths[place] * given.max_number_of_units if _is_users(kind) else None
             own = as_intervention(kind, metadata)
         if link is not None:
             linked[link] = own
         name = _word(key)
         while name in {entry.name for entry in entries}:
             name += "_"
-        entries.append(Entry(key, name, groups[number], place, given, own))
+        entries.append(Entry(key, name, group, place, given, own))
     return entries
 
 
@@ -240,9 +235,33 @@ def key_of(given: RepresentationConfig, dotted: bool = False) -> str:
     return key if dotted else key.replace(".", "_")
 
 
-def _width(place: Place, model: nn.Module, example: Any) -> int:
-    """Length of the vectors at a site."""
-    return bind_reads([Read(place.at, heads=0 if place.heads else None)], model, example)[0].width
+def _check(given: RepresentationConfig) -> None:
+    if given.moe_key is not None:
+        raise ConfigError(
+            f"moe_key={given.moe_key!r} is not supported; the native way is a path to the expert, such "
+            "as rl.Edit(..., at='model.layers[3].mlp.experts[0].output')"
+        )
+    if given.unit not in _UNITS:
+        raise ConfigError(f"unit={given.unit!r}: expected one of {', '.join(_UNITS)}")
+
+
+def _is_users(kind: Any) -> bool:
+    """Whether it is a class of the user's own, which is made with the width of its site."""
+    return isinstance(kind, type) and not issubclass(kind, BuiltIn)
+
+
+def _widths(places: Sequence[Place], model: nn.Module, example: Any) -> dict[Place, int]:
+    """Length of the vectors at each place, from one shape-only pass."""
+    different = list(dict.fromkeys(places))
+    if not different:
+        return {}
+    reads = [Read(place.at, heads=0 if place.heads else None) for place in different]
+    bound = iter(bind_reads(reads, model, example))
+    widths = {}
+    for place in different:
+        first, *_ = [next(bound) for _ in resolve(parse_path(place.at), model)]
+        widths[place] = first.width
+    return widths
 
 
 def _representation(given: Any) -> RepresentationConfig:

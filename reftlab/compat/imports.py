@@ -59,10 +59,12 @@ def load_artifact(
         position = parse_position(positions)
         for entry in entries:
             if position.joins != entry.joins:
-                example = f"joined(last({entry.joins}))" if entry.joins > 1 else "last"
+                many = entry.joins > 1
+                takes = f"{entry.joins} tokens joined" if many else "single tokens"
+                example = f"joined(last({entry.joins}))" if many else "last"
                 raise PositionError(
-                    f"positions={positions!r} join {position.joins} tokens in one vector, and {entry.key} takes "
-                    f"{entry.joins}: expected positions such as {example!r}"
+                    f"positions={positions!r}: {entry.key} takes {takes}; expected positions such as "
+                    f"{example!r}"
                 )
         roles = [replace(role, positions=str(position)) for role in roles]
     graph = graph_of(entries, [replace(r, subspace=_first(e)) for e, r in zip(entries, roles, strict=True)])

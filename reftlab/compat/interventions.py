@@ -149,25 +149,15 @@ class LowRankRotatedSpaceIntervention(_Rotated):
         return RotatedSwap(rank=self.rank())
 
 
-def _work(intervention: Any) -> Any:
-    """The built native intervention of one that has a temperature."""
-    return intervention.work()
-
-
-def _any(value: Any) -> Any:
-    """A module whose attributes are known to be there."""
-    return value
-
-
-class _Tempered(TrainableIntervention):
+class _Tempered(BuiltIn, TrainableIntervention):
     def get_temperature(self) -> Tensor:
         """The present temperature; natively `intervention.temperature`."""
-        temperature: Tensor = _work(self).temperature
+        temperature: Tensor = self.work().temperature
         return temperature
 
     def set_temperature(self, temp: Any) -> None:
         """Set the temperature; natively `rl.train` does it, by the intervention's `schedule`."""
-        _work(self).temperature.fill_(float(temp))
+        self.work().temperature.fill_(float(temp))
 
 
 class PyveneBoundlessSwap(BoundlessSwap):
@@ -239,12 +229,12 @@ class SigmoidMaskRotatedSpaceIntervention(_Rotated, _Tempered):
     def native(self) -> Native:
         return MaskedSwap(rotated=True, temperature_start=50.0, temperature_end=0.1)
 
-    def attach(self, built: Native) -> None:
+    def attach(self, built: Any) -> None:
         """Take a built native intervention as one's own."""
         if self.built is not built:
             # Every direction is swapped almost wholly at first, as in pyvene.
             with torch.no_grad():
-                _any(built).logits.fill_(100.0)
+                built.logits.fill_(100.0)
         super().attach(built)
 
     @property
@@ -256,7 +246,7 @@ class SigmoidMaskRotatedSpaceIntervention(_Rotated, _Tempered):
         return _mask_state(self, tensors, "masks")
 
 
-class SigmoidMaskIntervention(BuiltIn, _Tempered, LocalistRepresentationIntervention):
+class SigmoidMaskIntervention(_Tempered, LocalistRepresentationIntervention):
     """Swap features as far as a learned mask says; natively `rl.MaskedSwap()`."""
 
     def native(self) -> Native:

@@ -15,8 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from reftlab.errors import PositionError
+from reftlab.runtime.window import Layout
 
-__all__ = ["Units", "batch_rows", "read_locations", "read_subspaces", "token_numbers"]
+__all__ = ["Tokens", "Units", "batch_rows", "read_locations", "read_subspaces", "token_numbers"]
 
 Rows = tuple[tuple[int, ...], ...]
 
@@ -35,6 +36,40 @@ class Units:
 
 
 Pair = tuple[Units, Units]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Which columns of a batch are real tokens.
+
+    Attributes:
+        rows: number of rows.
+        width: number of columns; 0 where the batch has no tokens.
+        numbers: for each row the number of each real token by its column; None without tokens.
+    """
+
+    rows: int
+    width: int
+    numbers: tuple[dict[int, int], ...] | None
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Any]) -> Tokens:
+        """Those of a call's inputs.
+
+        Raises:
+            PositionError: they hold no tensor.
+            RunError: they contradict each other.
+        """
+        layout = Layout.of(inputs, causal=False)
+        if layout is None:
+            return cls(batch_rows(inputs), 0, None)
+        numbers = [{column: n for n, column in enumerate(row.tolist())} for row in layout.prompts]
+        return cls(layout.rows, layout.width, tuple(numbers))
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no padding."""
+        return self.numbers is None or all(len(row) == self.width for row in self.numbers)
 
 
 def batch_rows(inputs: Mapping[str, Any]) -> int:
@@ -107,41 +142,41 @@ def read_subspaces(given: Any, count: int, rows: int) -> list[list[list[int]] | 
         return [None] * count
     if type(given) is int:
         return [[[given]] * rows] * count
-    if isinstance(given, list | tuple) and given and all(type(n) is int for n in given):
-        return [[list(given)] * rows] * count
-    if not isinstance(given, list | tuple) or len(given) != count:
-        size = len(given) if isinstance(given, list | tuple) else type(given).__name__
+    if isinstance(given, list) and given and all(type(n) is int for n in given):
+        return [[given] * rows] * count
+    if not isinstance(given, list) or len(given) != count:
+        size = len(given) if isinstance(given, list) else type(given).__name__
         raise PositionError(
             f"subspaces has {size} entries and there are {count} interventions; give one each"
         )
     found: list[list[list[int]] | None] = []
     for number, each in enumerate(given):
-        if each is not None and (not isinstance(each, list | tuple) or len(each) != rows):
+        if each is not None and (not isinstance(each, list) or len(each) != rows):
             raise PositionError(f"subspaces[{number}]={each!r}: expected directions for each of {rows} rows")
         found.append(None if each is None else [_numbers(row, f"subspaces[{number}]") for row in each])
     return found
 
 
-def token_numbers(columns: Rows, mask: Tensor | None, width: int, what: str) -> list[list[int | None]]:
+def token_numbers(columns: Rows, tokens: Tokens, what: str) -> list[list[int | None]]:
     """Columns as numbers among the real tokens of their rows; None for padding.
 
     Raises:
-        PositionError: a column that the batch does not have.
+        PositionError: a row or a column that the batch does not have.
     """
-    real = None if mask is None else (mask.detach().cpu() != 0).tolist()
-    found: list[list[int | None]] = []
+    if tokens.numbers is None:
+        return [list(chosen) for chosen in columns]
+    if len(columns) != tokens.rows:
+        raise PositionError(
+            f"unit_locations of {what} are for {len(columns)} rows, and the batch has {tokens.rows}"
+        )
     for row, chosen in enumerate(columns):
-        wrong = [c for c in chosen if not 0 <= c < width]
+        wrong = [c for c in chosen if not 0 <= c < tokens.width]
         if wrong:
             raise PositionError(
                 f"unit_locations of {what}: row {row} has column {wrong[0]}, and the batch has columns 0 to "
-                f"{width - 1}"
+                f"{tokens.width - 1}"
             )
-        if real is None:
-            found.append(list(chosen))
-        else:
-            found.append([sum(real[row][:c]) if real[row][c] else None for c in chosen])
-    return found
+    return [[numbers.get(c) for c in chosen] for chosen, numbers in zip(columns, tokens.numbers, strict=True)]
 
 
 def _plain(given: Any) -> Any:
@@ -159,10 +194,10 @@ def _sides(given: Any, base_only: bool, key: str) -> tuple[Any, Any]:
         return (None, given) if base_only else (given, given)
     if base_only:
         return None, given
-    if isinstance(given, list | tuple) and len(given) == 2:
+    if isinstance(given, list) and len(given) == 2:
         # Two numbers are a pair in pyvene, a list of more is the same columns on both sides.
         return given[0], given[1]
-    if isinstance(given, list | tuple) and given and all(type(n) is int for n in given):
+    if isinstance(given, list) and given and all(type(n) is int for n in given):
         return given, given
     raise PositionError(
         f"unit_locations[{key!r}]={given!r}: expected a column, columns, or (source, base), each of them "
@@ -186,7 +221,7 @@ def _units(given: Any, unit: str, rows: int) -> Units:
     if given is None:
         return Units()
     if unit == "h.pos":
-        if not isinstance(given, list | tuple) or len(given) != 2:
+        if not isinstance(given, list) or len(given) != 2:
             raise PositionError(
                 f"unit 'h.pos' takes [heads, positions], each a list for each row, not {given!r}"
             )
@@ -224,6 +259,6 @@ def _same_heads(rows: Rows) -> tuple[int, ...]:
 def _numbers(given: Any, what: str) -> list[int]:
     if type(given) is int:
         return [given]
-    if not isinstance(given, list | tuple | range) or not all(type(n) is int for n in given):
+    if not isinstance(given, list) or not all(type(n) is int for n in given):
         raise PositionError(f"{what} has {given!r}: expected whole numbers for each row")
-    return list(given)
+    return given

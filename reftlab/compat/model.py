@@ -99,9 +99,11 @@ class IntervenableModel(Face):
         roles = usual_roles(self._entries, self.mode)
         graph = graph_of(self._entries, roles)
         built = {
-            e.module: _ready(e.intervention) for e in self._entries if _ready(e.intervention) is not None
+            entry.module: own.built
+            for entry in self._entries
+            if isinstance(own := entry.intervention, BuiltIn) and own.built is not None
         }
-        self.reft = BoundModel(graph, model, tokenizer, example=example, built=built)  # type: ignore[arg-type]
+        self.reft = BoundModel(graph, model, tokenizer, example=example, built=built)
         self._check_widths()
         for bound in reversed(self.reft.edits):
             # Those that were made before the model are where they were made.
@@ -400,8 +402,3 @@ class IntervenableModel(Face):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.reft!r})"
-
-
-def _ready(intervention: Intervention) -> nn.Module | None:
-    """The native intervention with parameters that an intervention brings along, or None."""
-    return intervention.built if isinstance(intervention, BuiltIn) else None

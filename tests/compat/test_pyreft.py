@@ -26,7 +26,7 @@ from reftlab.compat.pyreft import (
     make_multiple_position_supervised_data_module,
     parse_positions,
 )
-from reftlab.errors import ArtifactError, DataError, PositionError
+from reftlab.errors import ArtifactError, ConfigError, DataError, PositionError
 from tests.compat.hooks import hooked
 from tests.compat.tiny import WIDTH, filled, tiny_llama, tiny_tokenizer
 
@@ -269,6 +269,12 @@ def test_lora_beside_the_edit_stays_free_to_learn() -> None:
         2 * 2 * WIDTH + 2 + llama.lm_head.weight.numel()
     )
     assert get_reft_model(llama, config).count_parameters(include_model=True) == 2 * 2 * WIDTH + 2
+
+
+def test_a_training_in_several_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers.TrainingArguments, "world_size", property(lambda own: 2))
+    with pytest.raises(ConfigError, match=r"training in 2 processes is not supported, .*rl.train\(reft, "):
+        ReftTrainerForCausalLM(model=reft_of(tiny_llama()), args=arguments(tmp_path))
 
 
 def test_what_cannot_be_trained_or_read_says_so(tmp_path: Path) -> None:

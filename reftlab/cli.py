@@ -130,8 +130,8 @@ def explain(
     if examples is not None:
         data = read_examples(examples, limit=limit)
     elif isinstance(noted, dict):
-        noted["limit"] = min(limit, noted.get("limit") or limit)
-        data = DataSource(**noted).rows(folder).examples
+        most = min(limit, noted.get("limit") or limit)
+        data = DataSource(**{**noted, "limit": most}).rows(folder).examples
     elif noted:
         data = as_examples(noted[:limit])
     else:

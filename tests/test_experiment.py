@@ -374,6 +374,12 @@ def test_the_system_message_of_conversations_is_that_of_the_training(tmp_path):
         rl.Experiment(dataset_name=rows("cat"), system="sea", **settings).fine_tune(progress=False)
     with pytest.raises(rl.DataError, match="evaluation: its conversations have the system message 'sea'"):
         rl.Experiment(dataset_name=rows("cat"), evaluation=rows("sea"), **settings).fine_tune(progress=False)
+    trained = rl.Experiment(dataset_name=datasets.DatasetDict(
+        train=datasets.Dataset.from_list(rows("cat")), test=datasets.Dataset.from_list(rows("sea"))
+    ), **settings)  # fmt: skip
+    trained.fine_tune(progress=False)
+    with pytest.raises(rl.DataError, match="system message 'sea', and the training had 'cat'"):
+        trained.evaluate(max_new_tokens=1)
     with pytest.raises(rl.DataError, match="different system messages, such as 'cat' and 'sea'"):
         rl.read_examples([*rows("cat"), *rows("sea")])
 
@@ -398,3 +404,57 @@ def test_an_experiment_prints_itself_in_one_line(model_folder):
         "Experiment('tiny', edits colour, DataSource(dataset='a DatasetDict of 1'), epochs=3)"
     )
     assert "Experiment(&#x27;tiny&#x27;" in experiment._repr_html_()
+
+
+def test_sources_and_positions_of_rows_are_kept_from_every_kind_of_source(tmp_path):
+    rows = [
+        {"prompt": "who", "answer": "red", "sources": {"other": "what"}, "positions": {"swap": [0]}},
+        {"prompt": "what", "answer": "blue", "sources": {"other": "who"}, "positions": {"swap": [0]}},
+    ]
+    wanted = [rl.Example(**row) for row in rows]
+    for name, write in (
+        ("rows.jsonl", lambda file: pd.DataFrame(rows).to_json(file, orient="records", lines=True)),
+        ("rows.parquet", lambda file: pd.DataFrame(rows).to_parquet(file)),
+    ):
+        write(tmp_path / name)
+        read = rl.read_examples(tmp_path / name)
+        assert [example.sources for example in read] == [example.sources for example in wanted]
+        assert [list(example.positions["swap"]) for example in read] == [[0], [0]]
+    assert rl.read_examples(rows) == wanted
+    assert rl.read_examples(datasets.Dataset.from_list(rows)) == wanted
+    # In tables made elsewhere the words mean other things.
+    cited = [{"prompt": "who", "answer": "red", "sources": "a book"}]
+    assert rl.read_examples(cited) == [rl.Example("who", "red")]
+
+
+def test_an_artifact_notes_the_sources_of_its_examples(model_folder):
+    swap = rl.Edit(
+        "swap", at="blocks[0].output", positions="last", intervention=rl.RotatedSwap(rank=2),
+        source=rl.Read(run="other"),
+    )  # fmt: skip
+    rows = [{"prompt": "who", "answer": "red", "sources": {"other": "what"}}]
+    graph = rl.InterventionGraph(rl.Source("other"), swap)
+    experiment = rl.Experiment(model_name=model_folder, epochs=1, data=rows, graph=graph)
+    reft, _ = experiment.fine_tune(progress=False)
+    assert reft.facts["examples"] == rows
+
+
+def test_a_dataset_saved_as_one_split_has_no_other(tmp_path):
+    datasets.Dataset.from_list([{"prompt": "who", "answer": "red"}] * 3).save_to_disk(str(tmp_path / "one"))
+    assert len(rl.read_examples(tmp_path / "one")) == 3
+    for split in ("nonsense", "train[:1]"):
+        with pytest.raises(rl.DataError, match="one split already"):
+            rl.read_examples(tmp_path / "one", split=split)
+    with pytest.raises(rl.DataError, match=r"subset='nonsense'.*without subsets"):
+        rl.read_examples(tmp_path / "one", subset="nonsense")
+
+
+def test_prompts_may_be_messages_without_answers():
+    [example] = rl.read_examples([{"prompt": [{"role": "user", "content": "who"}]}])
+    assert example == rl.Example("who")
+
+
+def test_a_stream_of_examples_prints_without_its_length(model_folder):
+    rows = datasets.Dataset.from_list([{"prompt": "who", "answer": "red"}]).to_iterable_dataset()
+    experiment = rl.Experiment(model_name=model_folder, dataset_name=rows, graph=make_graph())
+    assert "a IterableDataset" in repr(experiment)

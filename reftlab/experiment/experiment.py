@@ -225,6 +225,12 @@ class Experiment(Strict):
             rows = self.evaluation.rows(self.folder)
         else:
             rows = self.data.rows(self.folder, self.data.held_out(self.folder))
+        trained = options.get("system") or reft.facts.get("training", {}).get("system")
+        if rows.system is not None and rows.system != trained:
+            raise DataError(
+                f"evaluation: its conversations have the system message {rows.system!r}, and the training "
+                f"had {trained!r}; they must be the same"
+            )
         return evaluate(reft, rows.examples, **options)
 
     def examples(self) -> list[Example]:

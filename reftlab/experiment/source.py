@@ -119,14 +119,15 @@ class DataSource(Strict):
         for name, value in super().__repr_args__():
             if value is not None:
                 short = name != "dataset" or isinstance(value, str)
-                yield name, value if short else f"a {type(value).__name__} of {len(value)}"
+                many = f" of {len(value)}" if hasattr(value, "__len__") else ""
+                yield name, value if short else f"a {type(value).__name__}{many}"
 
     def _where(self, folder: Path) -> Any:
         return folder / self.path if self.path is not None else self.dataset
 
 
 def pairs(examples: list[Example]) -> list[Any]:
-    """Examples as an artifact holds them: pairs, or mappings where they have tasks."""
-    if any(example.task is not None for example in examples):
-        return [asdict(example) for example in examples]
+    """Examples as an artifact holds them: pairs, or mappings where they say more."""
+    if any(example != Example(example.prompt, example.answer) for example in examples):
+        return [{k: v for k, v in asdict(example).items() if v is not None} for example in examples]
     return [[example.prompt, example.answer] for example in examples]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,11 @@ from reftlab.address import head_name
 from reftlab.errors import DataError
 from reftlab.explaining.inputs import accepted
 from reftlab.graph import BASE, Read
+from reftlab.graph.nodes import replace_read
 from reftlab.interventions import Intervention
+from reftlab.runtime.modes import evaluating
 from reftlab.runtime.places import BoundEdit
+from reftlab.runtime.reading import ReadValues
 from reftlab.training.collate import Collator, moved
 from reftlab.training.data import Example, as_examples, encode
 from reftlab.training.replies import prompt_form
@@ -27,7 +30,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from reftlab.runtime import BoundModel
-from reftlab.runtime.modes import evaluating
 
 __all__ = ["EditPair", "Interference", "SharedPlace", "interference", "principal_angles", "write_basis"]
 
@@ -69,7 +71,8 @@ class EditPair:
         places: where both act.
         interaction: what the logits after the prompt, with both edits, differ from the sum of the
             edits' single effects, over the sum of the lengths of those effects: 0 where the effects add
-            up; None where the model has no logits.
+            up; None where the model has no logits, where a call gives the positions of one of the two,
+            and where an edit of the graph takes values from other runs.
     """
 
     a: str
@@ -157,15 +160,24 @@ def interference(reft: BoundModel, prompts: Any) -> Interference:
     Interference(emoji and formal: 1 shared places, commutator up to 0.02, interaction 0.4)
     """
     inputs = _inputs(reft, prompts)
-    rows = len(next(iter(inputs.values())))
+    rows = next((len(value) for value in inputs.values() if isinstance(value, Tensor)), 0)
     units = _units(reft)
     with evaluating(reft), torch.no_grad():
         effects = _Effects(reft, inputs)
-        pairs = []
-        for a, b in combinations(units, 2):
-            shared = [(x, y) for x in a.bound for y in b.bound if _same_place(x, y)]
-            places = tuple(_measured(reft, (x, a), (y, b), inputs) for x, y in shared)
-            pairs.append(EditPair(a.name, b.name, places, effects.interaction(a, b)))
+        shared = {
+            (a, b): [(x, y) for x in a.bound for y in b.bound if _same_place(x, y)]
+            for a, b in combinations(units, 2)
+        }
+        bare = _bare(reft, dict.fromkeys(e for both in shared.values() for two in both for e in two), inputs)
+        pairs = [
+            EditPair(
+                a.name,
+                b.name,
+                tuple(_measured(reft, (x, a), (y, b), bare) for x, y in both),
+                effects.interaction(a, b),
+            )
+            for (a, b), both in shared.items()
+        ]
     return Interference(tuple(pairs), rows)
 
 
@@ -202,11 +214,11 @@ def principal_angles(a: Float[Tensor, "width r"], b: Float[Tensor, "width s"]) -
     >>> principal_angles(torch.eye(3)[:, :2], torch.eye(3)[:, 1:]).tolist()
     [0.0, 90.0]
     """
-    cosines = torch.linalg.svdvals(a.double().T @ b.double()).clamp(-1, 1)
+    small, large = sorted((a.double(), b.double()), key=lambda basis: basis.shape[1])
+    inside = large.T @ small
+    cosines = torch.linalg.svdvals(inside).clamp(-1, 1)
     # Small angles from their sines, which the cosine is too flat to tell.
-    rest = b.double() - a.double() @ (a.double().T @ b.double())
-    if a.shape[1] < b.shape[1]:
-        rest = a.double() - b.double() @ (b.double().T @ a.double())
+    rest = small - large @ inside
     sines = torch.linalg.svdvals(rest).clamp(0, 1).flip(0)[: len(cosines)]
     angles = torch.where(cosines**2 > 0.5, torch.arcsin(sines), torch.arccos(cosines))
     return torch.rad2deg(angles).float()
@@ -214,15 +226,21 @@ def principal_angles(a: Float[Tensor, "width r"], b: Float[Tensor, "width s"]) -
 
 def write_basis(built: Any) -> Float[Tensor, "width r"] | None:
     """An orthonormal basis of the subspace that a built intervention writes in; None where it has none."""
-    if isinstance(getattr(built, "basis", None), torch.nn.Module):
-        return built.basis().detach()  # type: ignore[no-any-return]
+    own = _own_basis(built)
+    if own is not None:
+        return own
     affine = built.affine() if isinstance(built, Intervention) else None
     if affine is None:
         return None
     written = torch.cat([affine.write, affine.constant[:, None]], dim=1).detach().float()
     left, sizes, _ = torch.linalg.svd(written, full_matrices=False)
-    kept = sizes > sizes.max() * 1e-6 if len(sizes) and float(sizes.max()) > 0 else sizes > 0
-    return left[:, kept]
+    return left[:, sizes > sizes.max() * 1e-6]
+
+
+def _own_basis(built: Any) -> Float[Tensor, "width r"] | None:
+    """The orthonormal basis that an intervention keeps, or None."""
+    basis = getattr(built, "basis", None)
+    return basis().detach() if isinstance(basis, torch.nn.Module) else None
 
 
 class _Effects:
@@ -231,13 +249,13 @@ class _Effects:
     def __init__(self, reft: BoundModel, inputs: Mapping[str, Any]) -> None:
         self.reft, self.inputs = reft, inputs
         head = head_name(reft.model)
-        self._read = None if head is None else Read(f"{head}.output", "last", name="logits")
+        needs = {read.run for edit in reft.graph.edits for read in edit.reads} - {BASE}
+        self._read = None if head is None or needs else Read(f"{head}.output", "last", name="logits")
         self._known: dict[frozenset[str], Tensor] = {}
 
     def interaction(self, a: _Unit, b: _Unit) -> float | None:
-        needs = {read.run for edit in self.reft.graph.edits for read in edit.reads} - {BASE}
         given = any(str(unit.bound[0].edit.positions) == "given" for unit in (a, b))
-        if self._read is None or needs or given:
+        if self._read is None or given:
             return None
         none, one, other, both = (self._logits(*units) for units in ((), (a,), (b,), (a, b)))
         first, second = one - none, other - none
@@ -259,14 +277,18 @@ class _Effects:
 
 
 def _inputs(reft: BoundModel, prompts: Any) -> dict[str, Any]:
-    taken = accepted(reft.model) - {"labels", "positions"}
     if isinstance(prompts, Mapping):
-        found = {name: value for name, value in prompts.items() if name in taken}
-        if not found:
+        taken = reft._calls.forward_inputs(prompts)
+        if not any(isinstance(value, Tensor) and value.dim() for value in taken.values()):
             raise DataError(
-                f"interference: none of {sorted(prompts)} is an input of the model; give {sorted(taken)}"
+                f"interference: none of {sorted(prompts)} is an input of the model; give a batch of what its "
+                "forward takes, by name"
             )
-        return found
+        for name in prompts:
+            if name not in (*taken, "sources", "past_key_values", "use_cache"):
+                raise DataError(f"interference: {name!r} is no input of the model; leave it out")
+        further = {"sources": prompts["sources"]} if prompts.get("sources") is not None else {}
+        return {name: value for name, value in taken.items() if name != "labels"} | further
     if reft.tokenizer is None:
         raise DataError("interference needs a tokenizer for texts: bind with one, or give the model's inputs")
     rows = as_examples([prompts] if isinstance(prompts, str) else prompts)
@@ -275,7 +297,8 @@ def _inputs(reft: BoundModel, prompts: Any) -> dict[str, Any]:
     asked = [Example(row.prompt, sources=row.sources) for row in rows]
     encoded = encode(reft.tokenizer, asked, **prompt_form(reft, reft.tokenizer, None))
     batch = moved(Collator.of(reft.tokenizer, "left")(encoded), reft)
-    return {name: value for name, value in batch.items() if name in taken}
+    texts = accepted(reft.model) - {"labels"}
+    return {name: value for name, value in batch.items() if name in texts}
 
 
 def _same_place(x: BoundEdit, y: BoundEdit) -> bool:
@@ -286,7 +309,7 @@ def _same_place(x: BoundEdit, y: BoundEdit) -> bool:
 Acting = tuple[BoundEdit, _Unit]
 
 
-def _measured(reft: BoundModel, x: Acting, y: Acting, inputs: Mapping[str, Any]) -> SharedPlace:
+def _measured(reft: BoundModel, x: Acting, y: Acting, bare: Mapping[BoundEdit, ReadValues]) -> SharedPlace:
     bases = [_written(reft.interventions[bound.module], unit) for bound, unit in (x, y)]
     angles: tuple[float, ...] = ()
     overlap = chance = None
@@ -298,7 +321,7 @@ def _measured(reft: BoundModel, x: Acting, y: Acting, inputs: Mapping[str, Any])
         angles = tuple(found.tolist())
         overlap = float(torch.cos(torch.deg2rad(found)).square().mean())
         chance = max(a.shape[1], b.shape[1]) / a.shape[0]
-    commutator, count = _commutator(reft, x, y, inputs)
+    commutator, count = _commutator(reft, x, y, bare)
     return SharedPlace(
         x[1].key(x[0]), y[1].key(y[0]), str(x[0].site), angles, overlap, chance, commutator, count
     )
@@ -310,23 +333,43 @@ def _written(built: Any, unit: _Unit) -> Tensor | None:
         return write_basis(built)
     if built.takes_subspace == "features":
         return torch.eye(built.width)[:, list(unit.directions)]
-    basis = write_basis(built) if isinstance(getattr(built, "basis", None), torch.nn.Module) else None
+    basis = _own_basis(built)
     return None if basis is None else basis[:, list(unit.directions)]
 
 
-def _commutator(
-    reft: BoundModel, x: Acting, y: Acting, inputs: Mapping[str, Any]
-) -> tuple[float | None, int]:
-    edit, site = x[0].edit, x[0].site
-    edits = (edit, y[0].edit)
-    plain = all(e.phase != "decode" and not e.reads and e.positions == edit.positions for e in edits)
-    unnamed = site.part and site.label  # a part of several places has no path of its own
-    if not plain or edit.run != BASE or str(edit.positions) == "given" or unnamed:
-        return None, 0
-    path = str(site) if site.label else edit.at
-    read = Read(path, edit.positions, heads=edit.heads, features=edit.features, name="here")
+def _bare(
+    reft: BoundModel, bounds: Iterable[BoundEdit], inputs: Mapping[str, Any]
+) -> dict[BoundEdit, ReadValues]:
+    """What edits would be given without any edit, for those of which one pass can tell."""
+    wanted = {bound: read for bound in bounds if (read := _own_read(bound)) is not None}
+    if not wanted:
+        return {}
+    names = {read: f"read{number}" for number, read in enumerate(dict.fromkeys(wanted.values()))}
     with reft.disabled():
-        found = reft.read(read, **inputs).flat("here")
+        found = reft.read(*[replace_read(read, name=name) for read, name in names.items()], **inputs)
+    return {bound: found.flat(names[read]) for bound, read in wanted.items()}
+
+
+def _own_read(bound: BoundEdit) -> Read | None:
+    """A read of what an edit is given; None where it depends on more than the prompt."""
+    edit, site = bound.edit, bound.site
+    if edit.run != BASE or edit.phase == "decode" or edit.reads or str(edit.positions) == "given":
+        return None
+    if site.part and site.label:  # a part of several places has no path of its own
+        return None
+    return Read(
+        str(site) if site.label else edit.at, edit.positions, heads=edit.heads, features=edit.features
+    )
+
+
+def _commutator(
+    reft: BoundModel, x: Acting, y: Acting, bare: Mapping[BoundEdit, ReadValues]
+) -> tuple[float | None, int]:
+    if x[0] not in bare or y[0] not in bare:
+        return None, 0
+    found, other = bare[x[0]], bare[y[0]]
+    if not (torch.equal(found.rows, other.rows) and torch.equal(found.positions, other.positions)):
+        return None, 0
     base = found.vectors.float()
 
     def act(acting: Acting, vectors: Tensor) -> Tensor:
@@ -339,9 +382,9 @@ def _commutator(
         new = built.edited(vectors, subspace=mask, positions=found.positions, rows=found.rows)
         return vectors + bound.edit.strength * (new - vectors)
 
-    one, other = act(x, base), act(y, base)
-    size = (one - base).norm(dim=-1) + (other - base).norm(dim=-1)
-    apart = (act(x, other) - act(y, one)).norm(dim=-1)
+    first, second = act(x, base), act(y, base)
+    size = (first - base).norm(dim=-1) + (second - base).norm(dim=-1)
+    apart = (act(x, second) - act(y, first)).norm(dim=-1)
     return float(apart.mean() / size.mean().clamp(min=1e-12)), len(base)
 
 

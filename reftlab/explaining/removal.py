@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -177,15 +177,19 @@ def removals(
     counts = torch.bincount(owner).clamp(min=1)
 
     def removed(key: str, what: What, label: str, out: Tensor | None) -> Removed:
-        with _without(reft, key, out):
+        with _without(reft, modules[key], out):
             loss = measure()
         tick(f"without {key} {label}".strip())
         per_example = torch.zeros(len(counts)).index_add_(0, owner, loss - full) / counts
         change = float(loss.mean() - full.mean())
         return Removed(key, what, label, float(loss.mean()), change, tuple(per_example.tolist()))
 
-    keys = [bound.key for bound in reft.edits if bound.key in directions]
-    found = [removed(key, "edit", "", None) for key in keys]
+    modules = {bound.key: bound.module for bound in reft.edits if bound.key in directions}
+    keys, whole = list(modules), dict[str, Removed]()
+    # An intervention that several places share is taken from all of them, so it is measured once.
+    for key, module in modules.items():
+        whole[module] = whole.get(module) or removed(key, "edit", "", None)
+    found = [replace(whole[module], edit=key) for key, module in modules.items()]
     order = sorted(found, key=lambda r: r.change, reverse=True)
     detailed = tuple(r.edit for r in order[:max_edits])
     generator = torch.Generator().manual_seed(seed)
@@ -210,9 +214,7 @@ def removals(
 
 
 @contextlib.contextmanager
-def _without(reft: BoundModel, key: str, out: Tensor | None) -> Iterator[None]:
-    # An intervention that several places share is taken from all of them.
-    module = next(bound.module for bound in reft.edits if bound.key == key)
+def _without(reft: BoundModel, module: str, out: Tensor | None) -> Iterator[None]:
     inner: Any = reft.interventions[module]
     with reft.replaced(module, _Without(inner, out).eval()):
         yield

@@ -112,12 +112,10 @@ def ask(
     if not hasattr(reft.model, "generate"):
         return ReplyTable((), max_new_tokens, f"{type(reft.model).__name__} cannot generate text")
     note = ""
-    given = examples[0]
-    lacking = any((given.sources or {}).keys() != (example.sources or {}).keys() for example in unseen)
-    if unseen and (sources or lacking):
+    if unseen and (sources or _named(examples[0].sources) != _named(unseen[0].sources)):
         note, unseen = "unseen prompts were left out: the edits need source inputs that belong to them", ()
-    if unseen and given.positions is not None and unseen[0].positions is None:
-        note, unseen = "unseen prompts were left out: they say no positions, as the examples do", ()
+    elif unseen and _named(examples[0].positions) != _named(unseen[0].positions):
+        note, unseen = "unseen prompts were left out: they and the examples say positions of other edits", ()
     prompts = [*examples, *unseen]
     options: dict[str, Any] = {"chat": chat, "system": system, "max_new_tokens": max_new_tokens}
     with reft.disabled():
@@ -127,8 +125,10 @@ def ask(
     edited = reply(reft, prompts, **options)
     replies = tuple(
         Reply(example.prompt, example.answer, before, after, number < len(examples))
-        for number, (example, before, after) in enumerate(
-            zip((*examples, *unseen), bare, edited, strict=True)
-        )
+        for number, (example, before, after) in enumerate(zip(prompts, bare, edited, strict=True))
     )
     return ReplyTable(replies, max_new_tokens, None, note)
+
+
+def _named(given: Mapping[str, Any] | None) -> set[str]:
+    return set(given or ())

@@ -60,11 +60,11 @@ class Sources:
 
     def supplies(self) -> dict[str, Supply]:
         """What the base run's edits are given, by the label of the read."""
-        supplies = dict(self._given)
+        supplies, needed = dict(self._given), self._needed()
         for name in self.bound.graph.run_order:
             feeding = tuple(
-                read for bound in self._edits for read in bound.reads
-                if read.run == name != bound.edit.run and read.label not in supplies
+                read for bound in self._edits if bound.edit.run in needed - {name} for read in bound.reads
+                if read.run == name and read.label not in supplies
             )  # fmt: skip
             asked = tuple(read for read in self.wanted if read.run == name)
             if name == BASE or not (feeding or asked):
@@ -84,6 +84,14 @@ class Sources:
                     taken = replace(found, here=False)
                     (self.results if read in asked else supplies)[read.label] = taken
         return supplies
+
+    def _needed(self) -> set[str]:
+        """The runs that this call comes to: base, what the caller reads, and what edits in those read."""
+        needed = {BASE, *(read.run for read in self.wanted)}
+        for run in reversed(self.bound.graph.run_order):
+            feeding = [read for b in self._edits if b.edit.run == run in needed for read in b.reads]
+            needed |= {read.run for read in feeding if read.label not in self._given}
+        return needed
 
     def _inputs_of(
         self, name: str, feeding: tuple[BoundRead, ...], asked: tuple[BoundRead, ...]

@@ -139,8 +139,9 @@ def _rows_of(
 
 def _check_keys(there: Layout, here: Layout, node: BoundEdit, read: BoundRead) -> None:
     """Refuse attention rows whose keys are other columns, or padded on other sides."""
-    pairs = zip(there.prompts, here.prompts, strict=False)
-    if there.rows == here.rows and not all(a is b or torch.equal(a, b) for a, b in pairs):
+    offered = there.prompts * here.rows if there.rows == 1 else there.prompts
+    pairs = zip(offered, here.prompts, strict=False)
+    if len(offered) == here.rows and not all(a is b or torch.equal(a, b) for a, b in pairs):
         raise RunError(
             f"edit {node.key!r}: the keys of {read.site} are the columns of the batch, and run {read.run!r} "
             "is padded otherwise than this one; give both the same padding and lengths"

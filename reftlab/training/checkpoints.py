@@ -31,17 +31,22 @@ __all__ = [
     "save_learned",
 ]
 
-_NEEDED = ("interventions.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 TENSORS, MODEL_TENSORS, COMPLETE = "interventions.safetensors", "model.safetensors", "reftlab.json"
+_NEEDED = (TENSORS, "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
 
 def save_learned(reft: BoundModel, folder: Path) -> None:
     """Write the interventions' parameters and buffers, and those of the model's parameters that learn."""
     folder.mkdir(parents=True, exist_ok=True)
-    for file, state in ((TENSORS, reft.interventions.state_dict()), (MODEL_TENSORS, learning_in(reft.model))):
-        if state or file == TENSORS:
-            plain_state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-            safetensors.torch.save_file(plain_state, folder / file, metadata={"format": "pt"})
+    _write(folder / TENSORS, reft.interventions.state_dict())
+    if learned := learning_in(reft.model):
+        _write(folder / MODEL_TENSORS, learned)
+
+
+def _write(file: Path, state: Mapping[str, Tensor]) -> None:
+    # Copied, since one intervention may stand there under several names.
+    plain_state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+    safetensors.torch.save_file(plain_state, file, metadata={"format": "pt"})
 
 
 def load_learned(reft: BoundModel, folder: Path) -> None:

@@ -34,6 +34,7 @@ class Columns:
         context: what is added to a prompt below an empty line, where a row has it.
         messages: conversations, in the place of prompts and answers.
         task: the tasks whose edits act, or None where all act.
+        further: those of `sources` and `positions` that there are; a row's is taken where it is a mapping.
     """
 
     prompt: str | None = None
@@ -41,6 +42,7 @@ class Columns:
     context: str | None = None
     messages: str | None = None
     task: str | None = None
+    further: tuple[str, ...] = ()
 
     @classmethod
     def among(
@@ -96,7 +98,13 @@ class Columns:
         task = row.get(self.task) if self.task is not None else None
         if task is not None:
             example = replace(example, task=_text(task, str(self.task), number))
-        return example, system
+        # Parquet gives every row all names that any row has, with nothing under those that it lacks.
+        further: dict[str, Any] = {
+            name: {key: value for key, value in row[name].items() if value is not None}
+            for name in self.further
+            if isinstance(row.get(name), Mapping)
+        }
+        return replace(example, **{name: found for name, found in further.items() if found}), system
 
     def _said(self, row: Mapping[str, Any], number: int) -> tuple[Example, str | None]:
         if self.messages is not None:
@@ -105,8 +113,9 @@ class Columns:
         if self.prompt not in row:
             raise DataError(f"example {number} has no {self.prompt!r}; it has {_listed(list(row))}")
         prompt, answer = row[self.prompt], row.get(self.answer) if self.answer is not None else None
-        if _is_conversation(prompt) and _is_conversation(answer):
-            return _from_messages([*prompt, *(answer or ())], f"{self.prompt}+{self.answer}", number)
+        if _is_conversation(prompt) and (answer is None or _is_conversation(answer)):
+            column = self.prompt if answer is None else f"{self.prompt}+{self.answer}"
+            return _from_messages([*prompt, *(answer or ())], column, number)
         text = _text(prompt, self.prompt, number)
         if self.context is not None and row.get(self.context):
             text = f"{text}\n\n{_text(row[self.context], self.context, number)}"
@@ -179,7 +188,8 @@ def _known_layout(names: Sequence[str]) -> Columns | None:
     """The columns of a table whose layout is widely used, in which other names may stand beside."""
     there = set(names)
     if {"prompt", "answer"} <= there:
-        return Columns("prompt", "answer", task="task" if "task" in there else None)
+        further = tuple(name for name in ("sources", "positions") if name in there)
+        return Columns("prompt", "answer", task="task" if "task" in there else None, further=further)
     for name in MESSAGE_NAMES:
         if name in there:
             return Columns(messages=name)

@@ -77,8 +77,7 @@ def as_examples(data: Any) -> list[Example]:
     Raises:
         DataError: an entry is none of these; the message names it by number.
     """
-    if hasattr(data, "to_dict") and hasattr(data, "columns") and not isinstance(data, Mapping):
-        data = data.to_dict("records")  # a pandas frame
+    data = table_rows(data)
     if isinstance(data, str | Mapping) or not isinstance(data, Iterable):
         raise DataError(
             "examples must be a list, such as [('What is the sea like?', '🌊🐠🐚')], "
@@ -90,6 +89,12 @@ def as_examples(data: Any) -> list[Example]:
     for what in ("task", "sources", "positions"):
         _check_alike(examples, what)
     return examples
+
+
+def table_rows(data: Any) -> Any:
+    """The rows of a pandas frame as mappings; anything else as it is."""
+    is_frame = hasattr(data, "to_dict") and hasattr(data, "columns") and not isinstance(data, Mapping)
+    return data.to_dict("records") if is_frame else data
 
 
 def _check_alike(examples: Sequence[Example], what: str) -> None:

@@ -14,7 +14,7 @@ import yaml
 
 from reftlab.errors import DataError
 from reftlab.training.columns import Rows, read_rows
-from reftlab.training.data import Example
+from reftlab.training.data import Example, table_rows
 from reftlab.training.hub import dataset_rows, is_dataset
 
 __all__ = ["is_data_file", "load_rows", "read_examples"]
@@ -72,17 +72,16 @@ def load_rows(
     if limit is not None and (type(limit) is not int or limit < 1):
         raise DataError(f"limit={limit!r}: expected a whole number of 1 or more, or None for all")
     named = str(source) if isinstance(source, str | Path) else f"a {type(source).__name__}"
+    is_set = _is_dataset(source)
     for name, value in (("subset", subset), ("split", split)):
-        if value is not None and not _is_dataset(source):
+        if value is not None and not is_set:
             raise DataError(f"{name}={value!r}: only a Hugging Face dataset has one, and {named} is none")
-    if _is_dataset(source):
+    if is_set:
         entries = dataset_rows(source, subset, split)
     elif isinstance(source, str | Path):
         entries = _file_entries(Path(source).expanduser())
-    elif hasattr(source, "to_dict") and hasattr(source, "columns"):
-        entries = source.to_dict("records")  # a pandas frame
     elif isinstance(source, Iterable) and not isinstance(source, Mapping):
-        entries = source
+        entries = table_rows(source)
     else:
         raise DataError(
             f"examples must be a list, a file, or a dataset or its name, not {type(source).__name__}"

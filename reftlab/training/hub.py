@@ -33,7 +33,7 @@ def dataset_rows(source: Any, subset: str | None = None, split: str | None = Non
     """
     loaded = _loaded(source, subset, split)
     if not isinstance(loaded, Mapping):
-        if split is not None and not isinstance(source, str | Path):
+        if split is not None and (not isinstance(source, str | Path) or _is_saved(source)):
             raise DataError(f"split={split!r}: this dataset is one split already; leave split out")
         return loaded
     names = list(loaded)
@@ -54,6 +54,11 @@ def held_out_split(source: Any, subset: str | None = None) -> str | None:
     return next((name for name in _HELD_OUT if isinstance(loaded, Mapping) and name in loaded), None)
 
 
+def _is_saved(source: str | Path) -> bool:
+    """Whether a folder is one that `save_to_disk` of the package `datasets` wrote."""
+    return any((Path(source).expanduser() / name).is_file() for name in _SAVED)
+
+
 def _loaded(source: Any, subset: str | None, split: str | None) -> Any:
     if not isinstance(source, str | Path):
         if subset is not None:
@@ -65,13 +70,15 @@ def _loaded(source: Any, subset: str | None, split: str | None) -> Any:
         raise DataError(
             f"the dataset {str(source)!r} needs the package datasets: pip install datasets"
         ) from error
-    folder = Path(source).expanduser()
+    folder, saved = Path(source).expanduser(), _is_saved(source)
+    if saved and subset is not None:
+        raise DataError(f"subset={subset!r}: {str(source)!r} was saved without subsets; leave subset out")
     # Slices such as 'train[:100]' are understood by load_dataset alone.
     sliced = split if split is not None and not split.isidentifier() else None
     bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        if any((folder / name).is_file() for name in _SAVED):
+        if saved:
             return datasets.load_from_disk(str(folder))
         where = str(folder) if folder.is_dir() else str(source)
         return datasets.load_dataset(where, subset, split=sliced)

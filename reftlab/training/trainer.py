@@ -222,7 +222,7 @@ class _Trainer(Trainer):
     def __init__(self, *, identity: Mapping[str, Any], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.identity = identity
-        self.penalties = 0.0
+        self.penalties: Any = 0.0
         self.logged_at: int | None = None
         self.remove_callback(PrinterCallback)
         if is_dispatched(self.model):
@@ -246,7 +246,7 @@ class _Trainer(Trainer):
             # Divided by all accumulated answers already, the loss is not divided by the batches later.
             scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             loss = loss + (penalty / batches if scaled else penalty)
-            self.penalties += float(penalty.detach()) / batches
+            self.penalties = self.penalties + penalty.detach() / batches
             if self.logged_at is None:
                 self.logged_at = self.state.global_step
         if not loss.requires_grad:
@@ -257,7 +257,7 @@ class _Trainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the answer loss under its name, and the mean penalty of a step apart from it."""
         if "loss" in logs and self.logged_at is not None:
-            penalty = self.penalties / max(self.state.global_step - self.logged_at, 1)
+            penalty = float(self.penalties) / max(self.state.global_step - self.logged_at, 1)
             logs = {**logs, "loss": logs["loss"] - penalty, "penalty": penalty}
             self.penalties, self.logged_at = 0.0, self.state.global_step
         super().log(logs, start_time)

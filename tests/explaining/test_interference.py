@@ -29,7 +29,6 @@ def both(model: Any, first: Any, second: Any, **second_options: Any) -> rl.Bound
 
 
 def test_principal_angles_are_the_planted_ones() -> None:
-    torch.manual_seed(0)
     turn = torch.linalg.qr(torch.randn(9, 9, dtype=torch.float64)).Q.float()
     planted = torch.tensor([0.0, 0.01, 30.0, 90.0])
     eye, radians = torch.eye(9), torch.deg2rad(planted)
@@ -120,7 +119,6 @@ def test_bases_are_those_that_edits_write_in() -> None:
 
 
 def test_tasks_in_separate_directions_of_one_basis_are_told_apart(llama: Any) -> None:
-    torch.manual_seed(0)
     graph = rl.InterventionGraph(
         rl.Edit(
             "e", at="blocks[1].output", positions="last", intervention=rl.LoReFT(rank=4),
@@ -148,3 +146,43 @@ def test_tasks_in_separate_directions_of_one_basis_are_told_apart(llama: Any) ->
     (asked,) = rl.interference(both(llama, rl.Add(unit(0)), rl.Add(unit(1)), when=never), batch).pairs
     assert asked.places[0].commutator is None
     assert asked.interaction == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("a", "b"), [("last", "[-1]"), ("first+last", "[0, -1]")])
+def test_the_order_matters_wherever_the_tokens_are_the_same(llama: Any, a: str, b: str) -> None:
+    def pair(first: str, second: str) -> rl.BoundModel:
+        torch.manual_seed(0)
+        return rl.InterventionGraph(
+            rl.Edit("a", at="blocks[1].output", positions=first, intervention=rl.LoReFT(rank=3)),
+            rl.Edit("b", at="blocks[1].output", positions=second, intervention=rl.LoReFT(rank=3)),
+        ).bind(llama)
+
+    batch = batch_of((7, 4))
+    [alike] = rl.interference(pair(a, a), batch).pairs[0].places
+    [same] = rl.interference(pair(a, b), batch).pairs[0].places
+    assert same.commutator is not None
+    assert same.commutator == pytest.approx(alike.commutator)
+    assert same.vectors == alike.vectors
+    assert rl.interference(pair("last", "last(2)"), batch).pairs[0].places[0].commutator is None
+
+
+def test_any_input_of_the_model_will_do_and_others_are_named(llama: Any) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3))
+    graph = rl.InterventionGraph(
+        *[rl.Edit(name, at="[0].output", intervention=rl.LoReFT(rank=2)) for name in ("a", "b")]
+    )
+    x = torch.randn(5, 4)
+    found = rl.interference(graph.bind(net, example=x), {"input": x})
+    assert found.rows == 5
+    assert found.pairs[0].places[0].vectors == 5
+    both = rl.InterventionGraph(
+        *[rl.Edit(n, at="blocks[1].output", positions="last", intervention=rl.LoReFT(rank=2)) for n in "ab"]
+    ).bind(llama)
+    batch = batch_of((7, 4))
+    vectors = llama.get_input_embeddings()(batch["input_ids"]).detach()
+    embedded = {"inputs_embeds": vectors, "attention_mask": batch["attention_mask"]}
+    assert rl.interference(both, embedded).pairs[0].interaction == pytest.approx(
+        rl.interference(both, batch).pairs[0].interaction, rel=1e-4
+    )
+    with pytest.raises(DataError, match="'atention_mask' is no input"):
+        rl.interference(both, {"input_ids": batch["input_ids"], "atention_mask": batch["attention_mask"]})

@@ -7,7 +7,7 @@ import reftlab as rl
 from reftlab.explaining import explain
 from reftlab.explaining.inputs import accepted, batches
 from reftlab.explaining.loss import AnswerLoss
-from reftlab.explaining.removal import _Without
+from reftlab.explaining.removal import _Without, removals
 from reftlab.training.data import as_examples, encode
 from tests.explaining.conftest import PAIRS, WIDTH, bound, loreft, orthonormal, set_directions
 
@@ -145,3 +145,27 @@ def test_random_controls_follow_the_seed(small_llama, byte_tokenizer):
 
     assert controls(1) == controls(1)
     assert controls(1) != controls(2)
+
+
+def test_an_intervention_that_several_places_share_is_taken_away_once(small_llama, byte_tokenizer):
+    shared = rl.Edit(
+        "s", at="blocks[0,1,2].output", positions="last", intervention=rl.LoReFT(rank=2), share="w"
+    )
+    reft, told = bound(small_llama, byte_tokenizer, shared), []
+    directions = explain(reft, PAIRS, max_new_tokens=0, progress=False).edits
+    found = removals(
+        reft, measure(reft), {one.edit: one.directions for one in directions}, max_edits=0, tick=told.append
+    )
+    assert [one.edit for one in found.removed] == ["s[0]", "s[1]", "s[2]"]
+    assert len({one.change for one in found.removed}) == 1
+    assert told == ["all edits", "no edits", "without s[0]"]
+
+
+def test_unseen_prompts_with_positions_of_their_own_are_left_out_before_anything_fails(
+    small_llama, byte_tokenizer
+):
+    reft = bound(small_llama, byte_tokenizer, loreft("a"))
+    unseen = [{"prompt": "who", "positions": {"a": [0]}}]
+    found = explain(reft, PAIRS[:2], unseen=unseen, max_new_tokens=1, progress=False, max_edits=0)
+    assert "positions of other edits" in found.replies.note
+    assert len(found.replies.replies) == 2

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 import reftlab as rl
 
-from .conftest import PAIRS, bind, make_graph, make_model, make_tokenizer
+from .conftest import PAIRS, batch_loss, bind, make_graph, make_model, make_tokenizer
 
 SETTINGS = {"learning_rate": 2e-2, "batch_size": 2, "progress": False}
 
@@ -56,15 +56,8 @@ def test_only_interventions_change_and_everything_else_is_left_as_it_was(reft, u
 def test_the_first_step_is_the_one_that_adamw_makes_on_the_answer_loss():
     reft, twin = bind(), bind()
     rl.train(reft, PAIRS, epochs=1, learning_rate=1e-2, batch_size=5, schedule="constant", progress=False)
-    batch = rl.training.Collator.of(twin.tokenizer)(
-        rl.training.encode(twin.tokenizer, rl.training.as_examples(PAIRS))
-    )
-    labels = batch["labels"]
-    logits = twin(**batch).logits
-    kept = labels[:, 1:] != -100
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1][kept], labels[:, 1:][kept])
     optimiser = torch.optim.AdamW(twin.interventions.parameters(), lr=1e-2, weight_decay=0.0)
-    loss.backward()
+    batch_loss(twin, PAIRS).backward()
     torch.nn.utils.clip_grad_norm_(twin.interventions.parameters(), 1.0)
     optimiser.step()
     for name, tensor in state(reft).items():
@@ -291,3 +284,10 @@ def test_nothing_can_be_trained_while_it_is_disabled_and_the_model_keeps_its_set
     assert reft.model.config.use_cache is True
     assert not reft.model.is_gradient_checkpointing
     assert not any(module._forward_hooks for module in reft.modules())
+
+
+def test_an_intervention_under_two_names_is_kept_in_checkpoints(reft, tmp_path):
+    [edit] = reft.graph.edits
+    both = reft + reft.rename({edit.name: "again"})
+    rl.train(both, PAIRS, epochs=1, folder=tmp_path, progress=False)
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 1

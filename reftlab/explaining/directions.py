@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -161,7 +161,9 @@ def thin_svd(write: Float[Tensor, "width rank"], read: Float[Tensor, "rank width
     return Svd((q_write @ left).T.float(), values.float(), (right @ q_read.T).float())
 
 
-def find_directions(built: nn.Module, strength: float, vectors: EditVectors) -> Directions:
+def find_directions(
+    built: nn.Module, strength: float, vectors: EditVectors, subspace: tuple[int, ...] | None = None
+) -> Directions:
     """Find the directions that an edit reads and writes.
 
     Args:
@@ -169,17 +171,19 @@ def find_directions(built: nn.Module, strength: float, vectors: EditVectors) -> 
         strength: the edit's strength, which multiplies all that it writes.
         vectors: what it was given and made; they say how much is written along each direction, and
             where a non-linear edit is linearised.
+        subspace: the directions of its basis that the edit is confined to, or None.
 
     Returns:
         At most 16 directions and the constant one.
     """
     delta = vectors.delta
-    affine = built.affine() if isinstance(built, Intervention) else None
+    # The affine form is that of the whole intervention.
+    affine = built.affine() if isinstance(built, Intervention) and subspace is None else None
     slope: _Affine | _Jacobian
     if isinstance(affine, Affine):
         slope = _Affine(strength * affine.write.float().cpu(), affine.read.float().cpu())
     else:
-        slope = _Jacobian(built, strength, vectors)
+        slope = _Jacobian(built, strength, vectors, subspace)
     svd = slope.svd()
     if svd is not None:
         spread = delta - (delta @ svd.write.T) @ svd.write
@@ -219,8 +223,10 @@ class _Jacobian:
 
     basis: Basis = "linearised"
 
-    def __init__(self, built: nn.Module, strength: float, vectors: EditVectors) -> None:
-        self.built, self.strength = built, strength
+    def __init__(
+        self, built: nn.Module, strength: float, vectors: EditVectors, subspace: tuple[int, ...] | None
+    ) -> None:
+        self.built, self.strength, self.subspace = built, strength, subspace
         self.point, self.source = vectors.base.mean(0), vectors.source
         parameter = next(iter([*built.parameters(), *built.buffers()]), self.point)
         self.device = parameter.device
@@ -263,10 +269,21 @@ class _Jacobian:
     def _copies(self, count: int) -> tuple[Tensor, Tensor]:
         base = self.point.to(self.device).expand(count, -1).clone().requires_grad_()
         source = None if self.source is None else self.source.to(self.device).expand(count, -1)
-        extra: dict[str, Any] = {}
-        if getattr(self.built, "counts_positions", False):
-            extra["positions"] = torch.zeros(count, dtype=torch.long)
-        return base, self.strength * (self.built(base, source, **extra) - base)
+        if not isinstance(self.built, Intervention):
+            return base, self.strength * (self.built(base, source) - base)
+        mask = None
+        if self.subspace is not None:
+            mask = torch.zeros(count, self.built.directions or 0, dtype=torch.bool)
+            mask[:, list(self.subspace)] = True
+        # Each copy stands alone, as the first token of a row of its own.
+        new = self.built.edited(
+            base,
+            source,
+            subspace=mask,
+            positions=torch.zeros(count, dtype=torch.long),
+            rows=torch.arange(count),
+        )
+        return base, self.strength * (new - base)
 
 
 def _principal(delta: Float[Tensor, "vector width"]) -> Float[Tensor, "k width"]:

@@ -151,7 +151,7 @@ def _explained(
     top: int,
 ) -> EditExplanation:
     built, edit = reft.interventions[bound.module], bound.edit
-    directions = find_directions(built, edit.strength, vectors)
+    directions = find_directions(built, edit.strength, vectors, edit.subspace)
     caveat = ""
     if (bound.site.module, bound.site.side) not in lens.stream:
         caveat = f"{bound.site} is not the residual stream itself; its vectors are read as if added to it"

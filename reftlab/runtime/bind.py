@@ -51,26 +51,9 @@ def bind_nodes(
     edits = []
     for edit in graph.edits:
         for number, site in enumerate(edit_sites[edit.name]):
-            key = f"{edit.name}[{site.label}]" if site.label else edit.name
-            place = _place(edit.view, edit.positions, facts[site], site, model, f"edit {edit.name!r}")
-
-            def bound_read(
-                read: Read, what: str, edit: Edit = edit, number: int = number, key: str = key
-            ) -> BoundRead:
-                return _fed(edit, read, fed_by[edit.name, read][number], facts, model, f"{key}.{what}")
-
-            source = edit.source_read
-            bound = BoundEdit(
-                key,
-                edit.share or key,
-                edit,
-                place,
-                _width(place, edit.positions),
-                None if source is None else bound_read(source, "source"),
-                {read: bound_read(read, f"when{n}") for n, read in enumerate(edit.condition_reads)},
-            )
-            check_edit(bound)
-            edits.append(bound)
+            feeding = {read: fed_by[edit.name, read][number] for read in edit.reads}
+            edits.append(_bound_edit(edit, site, feeding, facts, model))
+            check_edit(edits[-1])
     check_shared(edits)
     return tuple(edits), tuple(_each_read(graph.reads, read_sites, facts, model))
 
@@ -102,11 +85,38 @@ def _bound_read(
     return BoundRead(label, place, _width(place, positions), positions, read.run, phase)
 
 
+def _bound_edit(
+    edit: Edit, site: Site, feeding: dict[Read, Site], facts: dict[Site, SiteFacts], model: nn.Module
+) -> BoundEdit:
+    """An edit at one of its sites, with its reads at the sites in `feeding`."""
+    key = f"{edit.name}[{site.label}]" if site.label else edit.name
+    place = _place(edit.view, edit.positions, facts[site], site, model, f"edit {edit.name!r}")
+
+    def fed(read: Read, what: str) -> BoundRead:
+        return _fed(edit, read, feeding[read], facts, model, f"{key}.{what}", what == "source")
+
+    source = edit.source_read
+    return BoundEdit(
+        key,
+        edit.share or key,
+        edit,
+        place,
+        _width(place, edit.positions),
+        None if source is None else fed(source, "source"),
+        {read: fed(read, f"when{number}") for number, read in enumerate(edit.condition_reads)},
+    )
+
+
 def _fed(
-    edit: Edit, read: Read, site: Site, facts: dict[Site, SiteFacts], model: nn.Module, label: str
+    edit: Edit,
+    read: Read,
+    site: Site,
+    facts: dict[Site, SiteFacts],
+    model: nn.Module,
+    label: str,
+    is_source: bool,
 ) -> BoundRead:
     """A read that an edit needs; where it says no positions, it is at the edit's own tokens."""
-    is_source = label.endswith(".source")
     own = (edit.source if is_source else read).positions is None  # type: ignore[union-attr]
     positions = edit.positions if own else read.positions
     assert positions is not None
@@ -125,16 +135,14 @@ def _sites(path: SitePath | None, model: nn.Module, who: str) -> list[Site]:
 
 
 def _matching_sites(edit: Edit, read: Read, own: list[Site], model: nn.Module) -> list[Site]:
-    what = "its source" if read == edit.source_read else "its condition"
-    sites = _sites(
-        read.at, model, f"{'source' if read == edit.source_read else 'condition'} of edit {edit.name!r}"
-    )
+    kind = "source" if read == edit.source_read else "condition"
+    sites = _sites(read.at, model, f"{kind} of edit {edit.name!r}")
     if len(sites) == 1:
         return sites * len(own)
     if len(sites) != len(own):
         raise BindError(
-            f"edit {edit.name!r} acts at {len(own)} sites and {what} reads {len(sites)}; they must "
-            f"be as many, or {what.removeprefix('its ')} one"
+            f"edit {edit.name!r} acts at {len(own)} sites and its {kind} reads {len(sites)}; they must "
+            f"be as many, or {kind} one"
         )
     return sites
 

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 import reftlab as rl
+from reftlab.explaining import explain
 from reftlab.explaining.directions import find_directions, thin_svd
 from reftlab.explaining.vectors import EditVectors
-from tests.explaining.conftest import WIDTH, orthonormal, set_directions
+from tests.explaining.conftest import PAIRS, WIDTH, bound, orthonormal, set_directions
 
 
 def vectors_of(built: nn.Module, base: torch.Tensor, strength: float = 1.0, source=None) -> EditVectors:
@@ -156,3 +157,20 @@ def test_the_frame_has_one_line_a_direction():
     assert "gains" in repr(found)
     assert found.plot().axes
     assert "<table" in found._repr_html_()
+
+
+def test_an_edit_confined_to_a_subspace_is_described_by_what_it_does_there(small_llama, byte_tokenizer):
+    edit = rl.Edit(
+        "one", at="blocks[1].output", positions="last", intervention=rl.LoReFT(rank=3), subspace=[1]
+    )
+    reft = bound(small_llama, byte_tokenizer, edit)
+    built, write, gains, read = planted(torch.tensor([3.0, -4.0, 1.0]))
+    reft.interventions["one"].load_state_dict(built.state_dict())
+    [found] = explain(reft, PAIRS, max_new_tokens=0, progress=False, max_edits=0).edits
+    directions, base = found.directions, found.vectors.base
+    assert directions.rank == 1
+    assert directions.gain[0] == pytest.approx(float(gains[1]), rel=1e-3)
+    assert abs(float(directions.write[0] @ write[1])) == pytest.approx(1.0, abs=1e-3)
+    amounts = gains[1] * (base @ read[1]) - 4.0
+    sign = torch.sign(amounts.mean())
+    torch.testing.assert_close(directions.amounts[:, 0], sign * amounts, atol=1e-3, rtol=1e-3)

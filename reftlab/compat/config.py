@@ -69,6 +69,7 @@ class IntervenableConfig:
         mode: `parallel`, where every source goes into the base, or `serial`, where each goes into the
             next; natively `rl.Edit(..., run="source_1", source=rl.Read(run="source_0"))`.
         sorted_keys, model_type, intervention_dimensions, intervention_constant_sources: have no effect.
+        **kwargs: further names, as of a transformers configuration; have no effect.
 
     Raises:
         ConfigError: what cannot be read; the message quotes it.
@@ -85,6 +86,10 @@ class IntervenableConfig:
         intervention_constant_sources: Any = None,
         **kwargs: Any,
     ) -> None:
+        own = ("representations", "intervention_types", "mode", "sorted_keys", "model_type")
+        for name in kwargs:
+            if hint := did_you_mean(name, own):
+                raise ConfigError(f"{name}={kwargs[name]!r}: IntervenableConfig has no such argument.{hint}")
         if mode not in ("parallel", "serial"):
             raise ConfigError(f"mode={mode!r}: expected 'parallel' or 'serial'")
         given = RepresentationConfig() if representations is None else representations

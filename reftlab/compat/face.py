@@ -85,6 +85,20 @@ class Face(nn.Module):
             "get_cached_activations is not supported; the native way is reft.read('blocks[5].output', **base)"
         )
 
+    def get_cached_hot_activations(self) -> NoReturn:
+        """Not supported; natively `reft.watching(see)`, which is shown what every edit does."""
+        raise RunError(
+            "get_cached_hot_activations is not supported; the native way is "
+            "`with reft.watching(see):`, where see is shown what every edit does"
+        )
+
+    def disable_intervention_gradients(self) -> NoReturn:
+        """Not supported; natively `reft.interventions.requires_grad_(False)`."""
+        raise RunError(
+            "disable_intervention_gradients is not supported; the native way is "
+            "reft.interventions.requires_grad_(False)"
+        )
+
     def train_alignment(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not supported; natively a loop over `reft(**base, sources=...)`, or `rl.train` for answers."""
         raise RunError(

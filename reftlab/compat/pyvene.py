@@ -113,6 +113,16 @@ _ELSEWHERE = {
     "GRUConfig": "bind the graph to any torch GRU by its raw path",
     "CausalModel": "keep the causal model as a networkx.DiGraph or a function",
     "IntervenableNdifModel": "run where the model is; reftlab has no remote backend",
+    **dict.fromkeys(
+        ("harmonic_sigmoid_boundary", "closeness_to_permutation_loss", "random_permutation_matrix"),
+        "use rl.BoundlessSwap or rl.MaskedSwap, or write the mathematics in a subclass of rl.Intervention",
+    ),
+    **dict.fromkeys(("sm", "lsm"), "use torch.softmax or torch.log_softmax"),
+    "get_batch_size": "take len(batch['input_ids'])",
+    "get_list_depth": "positions are one list of numbers for each row, positions={'edit': [[3], [4, 5]]}",
+    "get_type_from_string": "name the class itself; a configuration never says which class to import",
+    "create_directory": "reft.save makes the folder",
+    "_do_intervention_by_swap": "use rl.Swap, rl.Add or rl.Subtract",
     "type_to_module_mapping": "use portable names such as 'blocks[3].mlp.output'; rl.inspect lists them",
     "type_to_dimension_mapping": "leave widths out; graph.bind(model) finds them",
 }

@@ -37,7 +37,7 @@ def build_intervenable_model(config: Any, model: nn.Module, **kwargs: Any) -> In
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of numbers that learn."""
+    """Number of numbers that learn; natively `reft.plan().parameters`."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -49,14 +49,16 @@ def set_seed(seed: int) -> None:
 
 
 def sigmoid_boundary(_input: Tensor, boundary_x: Any, boundary_y: Any, temperature: Any) -> Tensor:
-    """Soft membership of the interval from `boundary_x` to `boundary_y`."""
+    """Soft membership of an interval; natively `rl.BoundlessSwap`, whose `mask()` is such a membership."""
     return torch.sigmoid((_input - boundary_x) / temperature) * torch.sigmoid(
         (boundary_y - _input) / temperature
     )
 
 
 def embed_to_distrib(model: Any, embed: Tensor, log: bool = False, logits: bool = False) -> Tensor:
-    """Hidden vectors as a distribution over tokens, by the model's input embeddings, for GPT-2."""
+    """Hidden vectors as a distribution over tokens; natively `reft.read("unembed @ last", **base)`, with the
+    final norm, where this takes the input embeddings alone.
+    """
     with torch.inference_mode():
         scores = embed @ model.get_input_embeddings().weight.T
         if logits:
@@ -65,12 +67,15 @@ def embed_to_distrib(model: Any, embed: Tensor, log: bool = False, logits: bool 
 
 
 def format_token(tokenizer: Any, tok: Any) -> str:
-    """A token as text, with spaces and line ends to be seen."""
+    """A token as text, with spaces and line ends to be seen; natively `tokenizer.decode`."""
     return str(tokenizer.decode(tok)).replace(" ", "_").replace("\n", "\\n")
 
 
 def top_vals(tokenizer: Any, res: Tensor, n: int = 10, return_results: bool = False) -> Any:
-    """Print the tokens with the largest of `res`, `(vocabulary,)`, or return them as (token, value) pairs."""
+    """Print the tokens with the largest of `res`, `(vocabulary,)`, or return them as (token, value) pairs.
+
+    That is, natively, `logits.topk(n)` and `tokenizer.batch_decode`.
+    """
     values, places = torch.topk(res, n)
     pairs = [
         (format_token(tokenizer, place), value)

@@ -35,16 +35,8 @@ def swap(**entry: Any) -> Any:
 @pytest.mark.parametrize("module", ["pyreft", "pyvene"])
 def test_every_name_says_its_native_way(module: str) -> None:
     home = importlib.import_module(f"reftlab.compat.{module}")
-    helpers = {
-        "GET_LOC",
-        "count_parameters",
-        "embed_to_distrib",
-        "format_token",
-        "sigmoid_boundary",
-        "top_vals",
-    }
     marks = {"InterventionOutput", "load_artifact"}
-    for name in set(home.__all__) - helpers - marks:
+    for name in set(home.__all__) - marks:
         assert "native" in (getattr(home, name).__doc__ or ""), name
 
 
@@ -53,6 +45,8 @@ def test_every_name_says_its_native_way(module: str) -> None:
     [
         (pv, "create_gpt2", "load the model and its tokenizer with rl.load_model"),
         (pv, "CausalModel", "networkx.DiGraph"),
+        (pv, "harmonic_sigmoid_boundary", "rl.BoundlessSwap"),
+        (pv, "get_type_from_string", "name the class itself"),
         (pyreft, "ReftSupervisedDataset", "give rl.train"),
         (pyreft, "ReftRewardCollator", "a Trainer of your own"),
     ],
@@ -74,6 +68,8 @@ def test_an_unknown_name_is_an_attribute_error_as_in_any_module() -> None:
     [
         (lambda m: m.train_alignment(None, None, None, None), RunError, "rl.train for prompts"),
         (lambda m: m.get_cached_activations(), RunError, "reft.read"),
+        (lambda m: m.get_cached_hot_activations(), RunError, "reft.watching"),
+        (lambda m: m.disable_intervention_gradients(), RunError, "requires_grad_"),
         (lambda m: m.eval_alignment(None, None, None), RunError, "a loop over reft"),
         (lambda m: m.save("x", save_to_hf_hub=True), RunError, "huggingface_hub.upload_folder"),
         (lambda m: m(BASE, intervention_additional_kwargs={"a": 1}), RunError, "rl.Intervention"),
@@ -259,3 +255,9 @@ def test_every_component_of_the_table_is_a_site_of_both_families() -> None:
             assert rl.InterventionGraph(rl.Read(place.at)).bind(model)._bound_reads
     assert site_of("mlp_activation", 1, tiny_llama()).at == "model.layers.1.mlp.act_fn.output"
     assert site_of("attention_input", 0, tiny_gpt2()).at == "transformer.h.0.attn.input"
+
+
+def test_an_argument_of_a_configuration_that_is_misspelt_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"representation=.*Did you mean 'representations'"):
+        pv.IntervenableConfig(representation=[{"layer": 1, "component": "block_output"}])
+    assert pv.IntervenableConfig({"layer": 1, "component": "block_output"}, architectures=["x"]).kwargs

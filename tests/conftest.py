@@ -17,7 +17,7 @@ import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from transformers import PreTrainedModel, PreTrainedTokenizerFast  # noqa: E402
 
-from tests.models import FAMILIES, build_model, word_tokenizer  # noqa: E402
+from tests.models import FAMILIES, build_model, hook_count, word_tokenizer  # noqa: E402
 
 torch.set_num_threads(1)
 settings.register_profile("reftlab", deadline=None, derandomize=True)
@@ -27,9 +27,10 @@ _MODELS: dict[str, PreTrainedModel] = {}
 
 
 def _model(family: str) -> PreTrainedModel:
-    """One model a family for the whole session; each test finds it in eval mode and without hooks."""
+    """One model a family for the whole session; it comes in eval mode, and must come without hooks."""
     if family not in _MODELS:
         _MODELS[family] = build_model(family)
+    assert hook_count(_MODELS[family]) == 0, f"an earlier test left hooks on the shared {family}"
     return _MODELS[family].eval().requires_grad_(True)
 
 

@@ -153,6 +153,7 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
 """Builders by name; `gru` and `mlp` are plain torch."""
 
 
+@torch.random.fork_rng(devices=[])
 def build(name: str) -> Any:
     """A new model of the zoo in eval mode, the same numbers each time."""
     torch.manual_seed(11)

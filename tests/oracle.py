@@ -40,6 +40,22 @@ def numbers_by_hand(mask: Tensor, columns: Columns) -> Columns:
 
 
 @contextlib.contextmanager
+def hooked(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replace a module's output, or the first entry of it, by what `change` makes of a copy in every call."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return change(output.clone())
+        return (change(output[0].clone()), *output[1:])
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
 def plain_edit(
     module: nn.Module,
     mask: Tensor,
@@ -63,9 +79,8 @@ def plain_edit(
     """
     seen = 0
 
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+    def act(hidden: Tensor) -> Tensor:
         nonlocal seen
-        hidden = output if isinstance(output, Tensor) else output[0]
         start = seen if cached else 0
         stop = start + hidden.shape[1]
         seen = stop
@@ -87,19 +102,15 @@ def plain_edit(
                         numbers.append(real + column - mask.shape[1])
             before += len(chosen)
         if not places:
-            return None
+            return hidden
         base = torch.stack([hidden[row, column] for row, column in places]).float()
         values = change(base, None if source is None else source[order].float(), numbers)
-        new = hidden.clone()
         for (row, column), value in zip(places, values, strict=True):
-            new[row, column] = value.to(hidden.dtype)
-        return new if isinstance(output, Tensor) else (new, *output[1:])
+            hidden[row, column] = value.to(hidden.dtype)
+        return hidden
 
-    handle = module.register_forward_hook(hook)
-    try:
+    with hooked(module, act):
         yield
-    finally:
-        handle.remove()
 
 
 def plain_read(model: nn.Module, module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -131,6 +142,15 @@ def orthonormal(weight: Tensor) -> Tensor:
     return torch.stack(columns, dim=1).float()
 
 
+def loreft(built: Any, h: Tensor, keep: list[int] | None = None) -> Tensor:
+    """`h + Rᵀ(W h + b − R h)`, in the directions `keep` alone where they are given."""
+    r = orthonormal(built.basis.weight)
+    amounts = h @ built.linear.weight.T + built.linear.bias - h @ r
+    if keep is not None:
+        amounts = torch.stack([amounts[:, n] * (n in keep) for n in range(amounts.shape[1])], dim=1)
+    return h + amounts @ r.T
+
+
 Formula = Callable[[nn.Module, Tensor, Tensor | None, list[int]], Tensor]
 
 
@@ -150,11 +170,6 @@ class Case:
     make: Callable[[], rl.Intervention]
     formula: Formula
     source: bool = False
-
-
-def _loreft(built: Any, h: Tensor, source: Any, numbers: Any) -> Tensor:
-    r = orthonormal(built.basis.weight)
-    return h + (h @ built.linear.weight.T + built.linear.bias - h @ r) @ r.T
 
 
 def _loreft_dressed(built: Any, h: Tensor, source: Any, numbers: Any) -> Tensor:
@@ -205,7 +220,7 @@ VECTOR = torch.linspace(-2.0, 2.0, WIDTH)
 LADDER = [0.1 * (number % 7) for number in range(WIDTH)]
 
 CASES = [
-    Case("LoReFT", lambda: rl.LoReFT(rank=3), _loreft),
+    Case("LoReFT", lambda: rl.LoReFT(rank=3), lambda m, h, s, n: loreft(m, h)),
     Case("LoReFT-tanh-no-bias-scaled", lambda: rl.LoReFT(2, activation="tanh", bias=False, scale=0.5), _loreft_dressed),
     Case("NoReFT", lambda: rl.NoReFT(rank=3), _noreft),
     Case("DiReFT", lambda: rl.DiReFT(rank=3), _direft),

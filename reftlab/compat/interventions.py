@@ -302,9 +302,9 @@ class _Coder(BuiltIn, TrainableIntervention):
         size = kwargs.get("latent_dim") or kwargs.get("low_rank_dimension")
         if size is None or self.embed_dim is None:
             raise InterventionError(
-                f"{type(self).__name__} needs embed_dim= and latent_dim= or low_rank_dimension=, and then its "
-                "weights by load_state_dict, before it goes into a representation as intervention=; natively "
-                "rl.SAEEdit(rl.load_sae(folder), swap='all')"
+                f"{type(self).__name__} needs embed_dim= and latent_dim= or low_rank_dimension=, and then "
+                "its weights by load_state_dict, before it goes into a representation as intervention=; "
+                "natively rl.SAEEdit(rl.load_sae(folder), swap='all')"
             )
         width, size = int(self.embed_dim), int(size)
         shapes = {"W_enc": (width, size), "W_dec": (size, width), "b_enc": (size,), "b_dec": (width,)}

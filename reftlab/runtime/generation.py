@@ -36,7 +36,7 @@ def generate(
     if "inputs" in named:
         named["input_ids"] = named.pop("inputs")
     if not model._active_edits(options) and not sources and not reads:
-        model._check_tasks(options, named)
+        options.check_tasks(model._calls.rows(named))
         return model.model.generate(*args, **kwargs)
     if named.get("guidance_scale", 1) not in (None, 1):
         raise RunError(

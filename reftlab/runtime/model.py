@@ -20,7 +20,7 @@ from reftlab.runtime.editing import Observer
 from reftlab.runtime.hooks import StopForward, turn_of
 from reftlab.runtime.options import Options
 from reftlab.runtime.places import BoundEdit, BoundRead
-from reftlab.runtime.reading import Reading, ReadValues
+from reftlab.runtime.reading import Reading, ReadValues, placed
 from reftlab.runtime.run import Run
 from reftlab.runtime.sources import Sources
 from reftlab.runtime.supply import Supply
@@ -152,7 +152,7 @@ class BoundModel(nn.Module):
         active = self._active_edits(options)
         named = self._calls.named(args, kwargs)
         if not active and not sources and not reads:
-            self._check_tasks(options, named)
+            options.check_tasks(self._calls.rows(named))
             return self.model(*args, **kwargs)
         for intervention in self.interventions.values():
             forget_pass(intervention)
@@ -248,7 +248,7 @@ class BoundModel(nn.Module):
             raise RunError(f"{missing[0]!r} was not reached in this forward pass")
         rows = max(results[read.label].rows for read in wanted)
         return Reading(
-            {read.label: ReadValues.of(results[read.label], _heads(read)) for read in wanted}, rows
+            {read.label: ReadValues.of(results[read.label], read.place.keys_of) for read in wanted}, rows
         )
 
     @contextlib.contextmanager
@@ -365,7 +365,7 @@ class BoundModel(nn.Module):
     def _bound(self, reads: tuple[str | Read, ...], positions: Any) -> tuple[BoundRead, ...]:
         if not reads:
             return self._bound_reads
-        nodes = tuple(dict.fromkeys(_placed(read, positions) for read in reads))
+        nodes = tuple(dict.fromkeys(placed(read, positions) for read in reads))
         labels = [node.label for node in nodes]
         for node in nodes:
             if node.run != BASE:
@@ -401,7 +401,7 @@ class BoundModel(nn.Module):
         prepared = [module for module in modules if hasattr(module, "prepare")]
         with turn_of(self.model), eagerly(self.model), run.hooks() as hooks:
             for module in entrances(self.model):
-                begin, end = self._window_movers(run)
+                begin, end = self._calls.hooks_for(run)
                 hooks.on_input(module, begin, first=True)
                 hooks.on_output(module, end)
             try:
@@ -415,41 +415,3 @@ class BoundModel(nn.Module):
                 for built in prepared:
                     built.finish()
             return output
-
-    def _window_movers(self, run: Run) -> tuple[Any, Any]:
-        """Hooks that tell the run before each pass which columns it covers, and note where it ended."""
-        covered: tuple[dict[str, Any], dict[str, Any]] = {}, {}
-
-        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
-            nonlocal covered
-            named = self._calls.named(args, kwargs)
-            covered = named, self._calls.windows(named)
-            decoder = None if "decoder" in run.chooser.frames else self._calls.decoder_prompt(named)
-            run.move(covered[1], decoder)
-
-        def end(module: nn.Module, args: Any, output: Any) -> None:
-            self._calls.passed(*covered)
-
-        return begin, end
-
-    def _check_tasks(self, options: Options, named: Mapping[str, Any]) -> None:
-        """Refuse tasks for another number of rows in a call that nothing acts in."""
-        rows = self._calls.rows(named)
-        if options.tasks is not None and rows is not None:
-            options.check_rows(rows)
-
-
-def _heads(read: BoundRead) -> int | None:
-    """How many heads' keys stand in each vector of a read of attention; None for all other sites."""
-    place = read.place
-    if place.site_width is not None:
-        return None
-    return place.head_count if place.heads is None else len(place.heads)
-
-
-def _placed(read: str | Read, positions: Any) -> Read:
-    """A read as an object, at the shared positions where it names none."""
-    node = Read(read) if isinstance(read, str) else read
-    if not isinstance(node, Read):
-        raise RunError(f"read({read!r}): expected a site such as 'blocks[5].output @ last', or a Read")
-    return node if node.positions is not None or positions is None else node.with_positions(positions)

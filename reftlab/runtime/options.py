@@ -85,6 +85,11 @@ class Options:
             if mine and length != rows:
                 raise RunError(f"{what} has {length} entries and the batch {rows} rows; give one a row")
 
+    def check_tasks(self, rows: int | None) -> None:
+        """Refuse tasks for another number of rows than a call has in which nothing acts."""
+        if self.tasks is not None and rows is not None:
+            self.check_rows(rows)
+
     def acts(self, edit: Edit) -> bool:
         """Whether an edit acts in any row."""
         chosen = edit.run == BASE or edit.run in self.select_runs

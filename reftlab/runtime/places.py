@@ -39,6 +39,13 @@ class Place:
     heads: tuple[int, ...] | None = None
     head_count: int = 1
 
+    @property
+    def keys_of(self) -> int | None:
+        """How many heads' keys stand in each vector of attention; None for all other sites."""
+        if self.site_width is not None:
+            return None
+        return self.head_count if self.heads is None else len(self.heads)
+
     def features(self, width: int) -> Tensor | None:
         """Which of a site's `width` features are meant, or None for all."""
         if self.heads is None:

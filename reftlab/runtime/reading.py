@@ -5,20 +5,33 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from reftlab.errors import did_you_mean
+from reftlab.errors import RunError, did_you_mean
+from reftlab.graph import Read
 from reftlab.runtime.supply import Supply
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ReadValues", "Reading"]
+__all__ = ["ReadValues", "Reading", "placed"]
+
+
+def placed(read: str | Read, positions: Any) -> Read:
+    """A read as an object, at the shared positions where it names none.
+
+    Raises:
+        RunError: it is no read.
+    """
+    node = Read(read) if isinstance(read, str) else read
+    if not isinstance(node, Read):
+        raise RunError(f"read({read!r}): expected a site such as 'blocks[5].output @ last', or a Read")
+    return node if node.positions is not None or positions is None else node.with_positions(positions)
 
 
 @dataclass(frozen=True, eq=False)

@@ -58,11 +58,11 @@ def _attended(run: _Pass, block: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor
 
 
 def gpt2(weights: Mapping[str, Tensor], ids: Tensor, given: Mapping[str, Tensor]) -> Values:
-    """The values of a GPT-2's pass over `ids` `(token,)`, `(token, width)` or `(head, query, key)`.
+    """The values of a GPT-2's pass by site, `(token, width)` or `(head, query, key)`.
 
     Args:
         weights: the model's parameters by name.
-        ids: token ids.
+        ids: token ids of one row, `(token,)`.
         given: values to take in place of those that the pass computes, by site.
     """
     run = _Pass(weights, given)
@@ -138,6 +138,7 @@ HEAD_SIZES = {"gpt2": GPT2_HEAD, "llama": LLAMA_HEAD}
 
 
 @functools.cache
+@torch.random.fork_rng(devices=[])
 def two_layers(family: str) -> Any:
     """A two-layer model of random weights, none of them 0 or 1; the same one each time."""
     torch.manual_seed(3)

@@ -114,7 +114,7 @@ def align(
         steps: number of steps; the learning rate falls to 0 in a straight line over them.
         learning_rate: of Adam, at first.
     """
-    parts = list({id(part): part for part in reft.interventions.values()}.values())
+    parts = list(reft.interventions.values())
     optimiser = torch.optim.Adam(reft.interventions.parameters(), learning_rate)
     for step in range(steps):
         for part in parts:

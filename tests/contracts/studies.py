@@ -12,7 +12,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import reftlab as rl
-from tests.oracle import assert_close, columns_by_hand, orthonormal, randomise, raw_blocks
+from tests.oracle import assert_close, columns_by_hand, randomise, raw_blocks
 
 LENGTHS = (7, 4, 9)
 LLAMA_WIDTH, LLAMA_HIDDEN, LLAMA_ALL = 4096, 11008, 6_738_415_616
@@ -66,15 +66,6 @@ def first_of(mask: Tensor, count: int = 1) -> list[list[int]]:
 
 def last_of(mask: Tensor, count: int = 1) -> list[list[int]]:
     return columns_by_hand(mask, lambda real: real[-count:])
-
-
-def loreft(built: Any, h: Tensor, keep: list[int] | None = None) -> Tensor:
-    """`h + Rᵀ(W h + b − R h)`, in the directions `keep` alone where they are given."""
-    r = orthonormal(built.basis.weight)
-    amounts = h @ built.linear.weight.T + built.linear.bias - h @ r
-    if keep is not None:
-        amounts = torch.stack([amounts[:, n] * (n in keep) for n in range(amounts.shape[1])], dim=1)
-    return h + amounts @ r.T
 
 
 def nodireft(built: Any, h: Tensor) -> Tensor:

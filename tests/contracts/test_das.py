@@ -64,6 +64,7 @@ def decide(answers: Tensor) -> Tensor:
 
 
 @functools.cache
+@torch.random.fork_rng(devices=[])
 def equality_network() -> nn.Sequential:
     """A network of three hidden layers, trained on the task and on nothing else."""
     torch.manual_seed(2)
@@ -127,8 +128,6 @@ def test_the_network_solves_the_task_on_every_input() -> None:
 
 
 def test_alignment_search_finds_both_variables_of_hierarchical_equality() -> None:
-    equality_network()
-    torch.manual_seed(0)
     reft, held_out = one_rotation(APART), counterfactuals(1000)
     assert interchange_accuracy(reft, held_out, decide) < 0.8
     align(reft, counterfactuals, functional.cross_entropy, STEPS, LEARNING_RATE)
@@ -138,8 +137,6 @@ def test_alignment_search_finds_both_variables_of_hierarchical_equality() -> Non
 
 def test_alignment_search_finds_nothing_where_the_variables_are_gone() -> None:
     """The same search with the same data behind the layer that has merged the two."""
-    equality_network()
-    torch.manual_seed(0)
     reft = one_rotation(MERGED)
     align(reft, counterfactuals, functional.cross_entropy, STEPS // 2, LEARNING_RATE)
     assert interchange_accuracy(reft, counterfactuals(1000), decide) < 0.9
@@ -147,8 +144,6 @@ def test_alignment_search_finds_nothing_where_the_variables_are_gone() -> None:
 
 def test_rows_of_one_batch_interchange_their_own_variables() -> None:
     """One full rotation, whose directions belong to two variables; every row swaps the one that it names."""
-    equality_network()
-    torch.manual_seed(0)
     half = HIDDEN // 2
     edit = rl.Edit(
         "pairs", at=APART, intervention=rl.RotatedSwap(), source=rl.Read(run="source"),

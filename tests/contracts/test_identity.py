@@ -16,18 +16,12 @@ from tests.oracle import VECTOR
 
 LENGTHS = (7, 4, 9)
 SITES = ("embed.output", "blocks[1].output", "blocks[0].attn.output", "blocks[2].mlp.output")
-
-
-def _silent(reft: rl.BoundModel, *names: str) -> None:
-    """Set the parameters that end in these names to zero."""
-    with torch.no_grad():
-        for name, parameter in reft.interventions.named_parameters():
-            if name.endswith(names):
-                parameter.zero_()
+NAMES = [f"edit{number}" for number in range(len(SITES))]
 
 
 def _edits(make: Callable[[], rl.Intervention], *runs: rl.Source, **options: Any) -> rl.InterventionGraph:
-    edits = (rl.Edit(f"edit{n}", at=site, intervention=make(), **options) for n, site in enumerate(SITES))
+    pairs = zip(NAMES, SITES, strict=True)
+    edits = (rl.Edit(name, at=site, intervention=make(), **options) for name, site in pairs)
     return rl.InterventionGraph(*runs, *edits)
 
 
@@ -35,65 +29,62 @@ def _sourced(make: Callable[[], rl.Intervention], inputs: str | None = "base") -
     return _edits(make, rl.Source("same", inputs=inputs), source=rl.Read(run="same"))
 
 
+def _without(make: Callable[[], rl.Intervention], *names: str) -> Callable[[Any], rl.BoundModel]:
+    """Edits whose parameters that end in these names are zero."""
+
+    def bind(model: Any) -> rl.BoundModel:
+        reft = _edits(make).bind(model)
+        with torch.no_grad():
+            for name, parameter in reft.interventions.named_parameters():
+                if name.endswith(names):
+                    parameter.zero_()
+        return reft
+
+    return bind
+
+
 def _all_scaled_to_nothing(model: Any) -> rl.BoundModel:
-    reft = _edits(lambda: rl.Add(VECTOR)).bind(model)
-    for number in range(len(SITES)):
-        reft = reft.scale(f"edit{number}", 0.0)
+    reft = _adding(model)
+    for name in NAMES:
+        reft = reft.scale(name, 0.0)
     return reft
 
 
-def _learned_to_nothing(model: Any) -> rl.BoundModel:
-    """The paper's DiReFT, `h + W2ᵀ(W1 h + b)`, with W2 = 0: what it adds is a zero."""
-    reft = _edits(lambda: rl.NodiReFT(rank=3)).bind(model)
-    _silent(reft, "projection.weight")
-    return reft
+def _adding(model: Any) -> rl.BoundModel:
+    return _edits(lambda: rl.Add(VECTOR)).bind(model)
 
 
-def _target_of_zero(model: Any) -> rl.BoundModel:
-    """`h + Rᵀ b` with b = 0."""
-    reft = _edits(lambda: rl.LobiReFT(rank=3)).bind(model)
-    _silent(reft, "target")
-    return reft
-
-
-def _direft_of_zero(model: Any) -> rl.BoundModel:
-    """`h + Rᵀ(W h + b)` with W = 0 and b = 0, in directions that are not zero."""
-    reft = _edits(lambda: rl.DiReFT(rank=3)).bind(model)
-    _silent(reft, "linear.weight", "linear.bias")
-    return reft
-
-
-NOTHING: dict[str, Callable[[Any], rl.BoundModel]] = {
-    "Scale(1)": lambda m: _edits(lambda: rl.Scale(1.0)).bind(m),
-    "Add(0)": lambda m: _edits(lambda: rl.Add(0.0)).bind(m),
-    "Add(zeros)": lambda m: _edits(lambda: rl.Add(torch.zeros(WIDTH))).bind(m),
-    "Subtract(0)": lambda m: _edits(lambda: rl.Subtract(0.0)).bind(m),
-    "Noise(0)": lambda m: _edits(lambda: rl.Noise(0.0)).bind(m),
-    "Clamp(wide)": lambda m: _edits(lambda: rl.Clamp(-1e9, 1e9)).bind(m),
-    "Function(same)": lambda m: _edits(lambda: rl.Function(lambda h: h)).bind(m),
-    "strength=0": lambda m: _edits(lambda: rl.Add(VECTOR), strength=0.0).bind(m),
-    "scale(0)": _all_scaled_to_nothing,
-    "LoReFT(scale=0)": lambda m: _edits(lambda: rl.LoReFT(rank=3, scale=0.0)).bind(m),
-    "NodiReFT, W2=0": _learned_to_nothing,
-    "LobiReFT, b=0": _target_of_zero,
-    "DiReFT, W=b=0": _direft_of_zero,
-    "Swap with itself": lambda m: _sourced(rl.Swap).bind(m),
-    "RotatedSwap with itself": lambda m: _sourced(lambda: rl.RotatedSwap(rank=4)).bind(m),
-    "BoundlessSwap with itself": lambda m: _sourced(rl.BoundlessSwap).bind(m),
-    "MaskedSwap with itself": lambda m: _sourced(rl.MaskedSwap).bind(m),
-    "a condition that never holds": lambda m: _edits(lambda: rl.Add(VECTOR), when=rl.norm("embed.output") > 1e9).bind(m),
+NOTHING: dict[str, tuple[Callable[[Any], rl.BoundModel], dict[str, Any]]] = {
+    "Scale(1)": (lambda m: _edits(lambda: rl.Scale(1.0)).bind(m), {}),
+    "Add(0)": (lambda m: _edits(lambda: rl.Add(0.0)).bind(m), {}),
+    "Add(zeros)": (lambda m: _edits(lambda: rl.Add(torch.zeros(WIDTH))).bind(m), {}),
+    "Subtract(0)": (lambda m: _edits(lambda: rl.Subtract(0.0)).bind(m), {}),
+    "Noise(0)": (lambda m: _edits(lambda: rl.Noise(0.0)).bind(m), {}),
+    "Clamp(wide)": (lambda m: _edits(lambda: rl.Clamp(-1e9, 1e9)).bind(m), {}),
+    "Function(same)": (lambda m: _edits(lambda: rl.Function(lambda h: h)).bind(m), {}),
+    "strength=0": (lambda m: _edits(lambda: rl.Add(VECTOR), strength=0.0).bind(m), {}),
+    "scale(0)": (_all_scaled_to_nothing, {}),
+    "LoReFT(scale=0)": (lambda m: _edits(lambda: rl.LoReFT(rank=3, scale=0.0)).bind(m), {}),
+    # The paper's DiReFT, h + W2ᵀ(W1 h + b), with W2 = 0.
+    "NodiReFT, W2=0": (_without(lambda: rl.NodiReFT(rank=3), "projection.weight"), {}),
+    # h + Rᵀ b with b = 0.
+    "LobiReFT, b=0": (_without(lambda: rl.LobiReFT(rank=3), "target"), {}),
+    # h + Rᵀ(W h + b) with W = 0 and b = 0, in directions that are not zero.
+    "DiReFT, W=b=0": (_without(lambda: rl.DiReFT(rank=3), "linear.weight", "linear.bias"), {}),
+    "Swap with itself": (lambda m: _sourced(rl.Swap).bind(m), {}),
+    "RotatedSwap with itself": (lambda m: _sourced(lambda: rl.RotatedSwap(rank=4)).bind(m), {}),
+    "BoundlessSwap with itself": (lambda m: _sourced(rl.BoundlessSwap).bind(m), {}),
+    "MaskedSwap with itself": (lambda m: _sourced(rl.MaskedSwap).bind(m), {}),
+    "a condition that never holds": (lambda m: _edits(lambda: rl.Add(VECTOR), when=rl.norm("embed.output") > 1e9).bind(m), {}),
+    "select=[]": (_adding, {"select": []}),
+    "no tasks": (_adding, {"tasks": [None] * len(LENGTHS)}),
+    "scale=0": (_adding, {"scale": dict.fromkeys(NAMES, 0.0)}),
+    "scale=0 in each row": (_adding, {"scale": {name: [0.0] * len(LENGTHS) for name in NAMES}}),
+    "an empty subspace": (lambda m: _edits(lambda: rl.LoReFT(rank=3)).bind(m), {"subspace": [[]] * len(LENGTHS)}),
+    "no positions": (_adding, {"positions": {name: [[], [], []] for name in NAMES}}),
 }  # fmt: skip
-"""Ways to change nothing; each makes a bound model of edits at all sites."""
-
-CALLS: dict[str, tuple[Callable[[], rl.Intervention], dict[str, Any]]] = {
-    "select=[]": (lambda: rl.Add(VECTOR), {"select": []}),
-    "no tasks": (lambda: rl.Add(VECTOR), {"tasks": [None] * len(LENGTHS)}),
-    "scale=0": (lambda: rl.Add(VECTOR), {"scale": {f"edit{n}": 0.0 for n in range(len(SITES))}}),
-    "scale=0 in each row": (lambda: rl.Add(VECTOR), {"scale": {f"edit{n}": [0.0] * 3 for n in range(len(SITES))}}),
-    "an empty subspace": (lambda: rl.LoReFT(rank=3), {"subspace": [[]] * len(LENGTHS)}),
-    "no positions": (lambda: rl.Add(VECTOR), {"positions": {f"edit{n}": [[], [], []] for n in range(len(SITES))}}),
-}  # fmt: skip
-"""Edits that would change much, and what one call says so that they change nothing."""
+"""Ways to change nothing: what binds edits at all sites, and what the call says, where it is the call that
+takes away what they would do."""
 
 
 @functools.cache
@@ -105,7 +96,6 @@ in_each_model = pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 in_each_generator = pytest.mark.parametrize("family", ["llama", "gpt2"])
 in_each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 each_nothing = pytest.mark.parametrize("nothing", NOTHING)
-each_call = pytest.mark.parametrize("said", CALLS)
 
 
 @torch.no_grad()
@@ -130,43 +120,24 @@ def check_generate(model: Any, reft: rl.BoundModel, **options: Any) -> None:
 @in_each_model
 @in_each_dtype
 @each_nothing
-def test_an_edit_that_changes_nothing_is_the_identity(family: str, dtype: torch.dtype, nothing: str) -> None:
-    model = model_in(family, dtype)
-    check_forward(model, NOTHING[nothing](model))
-
-
-@in_each_generator
-@in_each_dtype
-@each_nothing
-def test_an_edit_that_changes_nothing_is_the_identity_in_generation(
-    family: str, dtype: torch.dtype, nothing: str
-) -> None:
-    model = model_in(family, dtype)
-    check_generate(model, NOTHING[nothing](model))
-
-
-@in_each_model
-@in_each_dtype
-@each_call
-def test_a_call_that_takes_every_edit_away_is_the_identity(
-    family: str, dtype: torch.dtype, said: str
-) -> None:
-    model, (make, options) = model_in(family, dtype), CALLS[said]
-    reft = _edits(make).bind(model)
-    with torch.no_grad():
-        batch = batch_of(LENGTHS)
-        assert not torch.equal(reft(**batch).logits, model(**batch).logits)
+def test_edits_that_change_nothing_are_the_identity(family: str, dtype: torch.dtype, nothing: str) -> None:
+    model, (bind, options) = model_in(family, dtype), NOTHING[nothing]
+    reft = bind(model)
+    if options:
+        with torch.no_grad():
+            batch = batch_of(LENGTHS)
+            assert not torch.equal(reft(**batch).logits, model(**batch).logits)
     check_forward(model, reft, **options)
 
 
 @in_each_generator
 @in_each_dtype
-@each_call
-def test_a_call_that_takes_every_edit_away_is_the_identity_in_generation(
-    family: str, dtype: torch.dtype, said: str
+@each_nothing
+def test_edits_that_change_nothing_are_the_identity_in_generation(
+    family: str, dtype: torch.dtype, nothing: str
 ) -> None:
-    model, (make, options) = model_in(family, dtype), CALLS[said]
-    check_generate(model, _edits(make).bind(model), **options)
+    model, (bind, options) = model_in(family, dtype), NOTHING[nothing]
+    check_generate(model, bind(model), **options)
 
 
 @in_each_model

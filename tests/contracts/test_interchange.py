@@ -32,9 +32,8 @@ ATTENTION = ("q", "k", "v", "heads", "scores", "pattern")
 either_side = pytest.mark.parametrize("side", ["left", "right"])
 
 
-def heads_at(family: str, site: str) -> int:
-    grouped = family == "llama" and site.endswith((".k", ".v"))
-    return KEY_VALUE_HEADS if grouped else HEADS
+def heads_at(family: str, part: str) -> int:
+    return KEY_VALUE_HEADS if family == "llama" and part in ("k", "v") else HEADS
 
 
 HEAD_SITES = [
@@ -42,7 +41,7 @@ HEAD_SITES = [
     for family in HEAD_SIZES
     for layer in range(LAYERS)
     for part in ATTENTION
-    for head in range(heads_at(family, part if "." in part else f".{part}"))
+    for head in range(heads_at(family, part))
 ]
 
 

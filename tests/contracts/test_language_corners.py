@@ -170,15 +170,6 @@ def test_penalties_count_acting_rows_and_each_module_once(llama: Any) -> None:
         bound.interventions["a(gate)"].weight.normal_()
         bound(**B, tasks=["a", "z", "a"])
         mixed = bound.interventions["a(gate)"].penalty()
-        rows = [
-            bound(
-                {**{k: v[[row]] for k, v in B.items()}}["input_ids"],
-                attention_mask=B["attention_mask"][[row]],
-                tasks="a",
-            )
-            for row in (0,)
-        ]
-        assert rows
         bound(**{k: v[[0, 2]] for k, v in B.items()}, tasks="a")
         assert_close(mixed, bound.interventions["a(gate)"].penalty())
         bound(**B, tasks="z")
@@ -328,3 +319,40 @@ def test_plans_tell_the_order_of_one_site_as_it_runs(llama: Any) -> None:
         "e", at="blocks[1,2].output", intervention=rl.Scale(2.0), when=rl.norm("blocks[1].output") > 0
     )
     rl.InterventionGraph(asked).bind(llama)(**B)
+
+
+@torch.no_grad()
+def test_one_pattern_for_all_rows_needs_rows_padded_as_it_is(llama: Any) -> None:
+    at = rl.Edit(
+        "e", at="blocks[1].attn.pattern", positions="last", intervention=rl.Swap(), source=rl.Read(run="c")
+    )
+    bound, one = rl.InterventionGraph(rl.Source("c"), at).bind(llama), batch_of((6,), seed=3)
+    with pytest.raises(rl.RunError, match="padded otherwise"):
+        bound(**batch_of((6, 4), "left"), sources={"c": one})
+    alike, repeated = batch_of((6, 6)), {name: value.expand(2, -1) for name, value in one.items()}
+    expected = bound(**alike, sources={"c": repeated}).logits
+    assert_close(bound(**alike, sources={"c": one}).logits, expected)
+
+
+@torch.no_grad()
+def test_a_run_that_nothing_in_a_call_reads_is_not_run_and_needs_no_inputs(llama: Any) -> None:
+    inner = edit("a", 0, "last", rl.Swap(), run="mid", source=rl.Read(run="in"))
+    outer = edit("b", 1, "last", rl.Swap(), source=rl.Read(run="mid"))
+    graph = rl.InterventionGraph(rl.Source("in"), rl.Source("mid"), inner, outer, edit("c", 1))
+    bound, passes = graph.bind(llama), []
+    alone = bound.select("c")(**B).logits
+    handle = llama.register_forward_pre_hook(lambda *_: passes.append(1))
+    try:
+        for options in ({"select": "c"}, {"tasks": "c"}, {"sources": {"in": B}, "select": "c"}):
+            passes.clear()
+            assert_close(bound(**B, **options).logits, alone)
+            assert len(passes) == 1
+        with bound.disabled("b"):
+            assert_close(bound(**B).logits, alone)
+        vector = torch.ones(32)
+        expected = bound.select("b", "c")(**B, sources={"in": B, "mid": B}, reads={"mid": vector}).logits
+        passes.clear()
+        assert_close(bound(**B, reads={"mid": vector}).logits, expected)
+        assert len(passes) == 1
+    finally:
+        handle.remove()

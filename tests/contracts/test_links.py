@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from torch.nn import functional
 
 import reftlab as rl
 from tests.models import WIDTH, batch_of, build_model
-from tests.oracle import assert_close, raw_blocks
+from tests.oracle import assert_close, hooked, raw_blocks
 
 LENGTHS, RANK, STEPS, RATE = (7, 7, 7), 2, 4, 0.02
 FIRST, LAST = 0, 2
@@ -35,21 +34,16 @@ def loss_of(logits: Tensor) -> Tensor:
     return functional.cross_entropy(logits[:, -1], torch.tensor([5, 6, 7]))
 
 
-@contextmanager
-def by_hand(block: nn.Module, weights: dict[str, Tensor], keep: Tensor | None = None) -> Iterator[None]:
+def by_hand(
+    block: nn.Module, weights: dict[str, Tensor], keep: Tensor | None = None
+) -> AbstractContextManager[None]:
     """The formula at every token behind a block, with plain tensors; `keep` `(row, 1, direction)`."""
 
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        h = output if isinstance(output, Tensor) else output[0]
+    def change(h: Tensor) -> Tensor:
         amounts = h @ weights["linear.weight"].T + weights["linear.bias"]
-        new = h + (amounts if keep is None else amounts * keep) @ weights["projection.weight"]
-        return new if isinstance(output, Tensor) else (new, *output[1:])
+        return h + (amounts if keep is None else amounts * keep) @ weights["projection.weight"]
 
-    handle = block.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return hooked(block, change)
 
 
 def descend(weights: list[Tensor], losses: Any) -> None:

@@ -22,7 +22,6 @@ from tests.contracts.studies import (
     last_of,
     llama_7b,
     lora_count,
-    loreft,
     sides,
 )
 from tests.models import WIDTH, batch_of
@@ -30,6 +29,7 @@ from tests.oracle import (
     assert_close,
     columns_by_hand,
     gathered,
+    loreft,
     orthonormal,
     plain_edit,
     plain_read,

@@ -3,8 +3,8 @@
 The README is that of pyreft 0.1.0, "What makes ReFT different from LoRA or PEFTs?" (Wu et al. 2024,
 arXiv:2404.03592). Its cases I to IV compare counts of parameters; case V, in
 `test_pyreft_fifth_study`, names four constructions.
-Every count is checked twice: in a tiny model, and in one of the size that the README uses, Llama 7B,
-whose weights are left out (torch's meta device), against the arithmetic written out here.
+Every count is checked in a model of the size that the README uses, Llama 7B, whose weights are left out
+(torch's meta device), against the arithmetic written out here; those of cases I, II and IV in a tiny model too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from tests.contracts.studies import (
     last_of,
     llama_7b,
     lora_count,
-    loreft,
     nodireft,
     output_projection,
     sides,
@@ -39,6 +38,7 @@ from tests.contracts.studies import (
 from tests.models import WIDTH, batch_of, build, copy_of
 from tests.oracle import (
     assert_close,
+    loreft,
     plain_edit,
     raw_blocks,
 )

@@ -3,6 +3,7 @@
 PEFT's are in `test_lora.py`.
 """
 
+import contextlib
 import copy
 import logging
 import warnings
@@ -26,6 +27,25 @@ from tests.contracts.wrapped import (
 from tests.models import batch_of, build_model, hook_count
 from tests.oracle import assert_close, plain_edit, plain_read
 from tests.training.conftest import PAIRS, make_model, make_tokenizer
+
+IDS = torch.tensor([[3, 9, 5, 7, 2], [8, 4, 6, 11, 10]])
+BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+
+
+def trained_alike(bare, wrapped, folder):
+    """Train both to the same numbers, and save the second."""
+    for reft in (bare, wrapped):
+        rl.train(reft, PAIRS, epochs=3, learning_rate=0.02, progress=False)
+    for name, tensor in bare.interventions.state_dict().items():
+        assert_close(wrapped.interventions.state_dict()[name], tensor)
+    wrapped.save(folder)
+
+
+@contextlib.contextmanager
+def without_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -72,14 +92,12 @@ def quantised(folder, bits):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_an_edit_on_a_quantised_model_equals_a_plain_hook_trains_and_loads(tmp_path, bits):
     model = quantised(tmp_path / "model", bits)
-    ids = torch.tensor([[3, 9, 5, 7, 2], [8, 4, 6, 11, 10]])
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     vector = torch.linspace(-3.0, 3.0, 64)
     reft = graph(intervention=rl.Add(vector)).bind(model)
     with torch.no_grad():
-        got, bare = reft(**batch).logits, model(**batch).logits
-        with hooked(model.model.layers[1], batch, lambda base, source, numbers: base + vector):
-            expected = model(**batch).logits
+        got, bare = reft(**BATCH).logits, model(**BATCH).logits
+        with hooked(model.model.layers[1], BATCH, lambda base, source, numbers: base + vector):
+            expected = model(**BATCH).logits
     assert_close(got, expected)
     assert not torch.allclose(got, bare, atol=1e-2)
 
@@ -89,8 +107,7 @@ def test_an_edit_on_a_quantised_model_equals_a_plain_hook_trains_and_loads(tmp_p
     after = rl.answer_loss(reft, PAIRS)
     assert after < before - 0.1
     reft.save(tmp_path / "edit")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+    with without_warning():
         again = rl.load(tmp_path / "edit", quantised(tmp_path / "again", bits), make_tokenizer())
     assert rl.answer_loss(again, PAIRS) == pytest.approx(after, abs=1e-5)
 
@@ -137,15 +154,9 @@ def test_an_edit_acts_on_a_compiled_model_whatever_was_traced_before(how):
 
 @pytest.mark.usefixtures("_forget_compiled_code")
 def test_edits_learn_on_a_compiled_model_as_on_the_bare_one(tmp_path):
-    settings = {"epochs": 3, "learning_rate": 0.02, "progress": False}
     bare, wrapped = learner(make_model(), RAW), learner(compiled(make_model(), "in place"), RAW)
-    for reft in (bare, wrapped):
-        rl.train(reft, PAIRS, **settings)
-    for name, tensor in bare.interventions.state_dict().items():
-        assert_close(wrapped.interventions.state_dict()[name], tensor)
-    wrapped.save(tmp_path / "edit")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+    trained_alike(bare, wrapped, tmp_path / "edit")
+    with without_warning():
         rl.load(tmp_path / "edit", make_model(), make_tokenizer())
 
 
@@ -179,33 +190,25 @@ def test_an_edit_on_a_model_split_by_a_device_map_equals_a_plain_hook(tmp_path, 
     reft = graph(intervention=rl.LoReFT(rank=2)).bind(model)
     assert {p.device.type for p in reft.interventions.parameters()} == {"cpu"} == {reft.device.type}
     built = copy.deepcopy(reft.interventions["edit"])
-    ids = torch.tensor([[3, 9, 5, 7, 2], [8, 4, 6, 11, 10]])
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    with hooked(oracle.model.layers[1], batch, lambda base, source, numbers: built(base)):
-        expected = oracle(**batch).logits
+    with hooked(oracle.model.layers[1], BATCH, lambda base, source, numbers: built(base)):
+        expected = oracle(**BATCH).logits
         expected.sum().backward()
-    with hooked(oracle.model.layers[1], batch, lambda base, source, numbers: built(base)):
-        tokens = oracle.generate(**batch, max_new_tokens=4, do_sample=False)
-    got = reft(**batch).logits
+    with hooked(oracle.model.layers[1], BATCH, lambda base, source, numbers: built(base)):
+        tokens = oracle.generate(**BATCH, max_new_tokens=4, do_sample=False)
+    got = reft(**BATCH).logits
     got.sum().backward()
     assert_close(got, expected)
     for name, parameter in reft.interventions["edit"].named_parameters():
         assert_close(parameter.grad, dict(built.named_parameters())[name].grad)
-    assert reft.generate(**batch, max_new_tokens=4, do_sample=False).equal(tokens)
+    assert reft.generate(**BATCH, max_new_tokens=4, do_sample=False).equal(tokens)
     assert model.model.layers[1].mlp.up_proj.weight.is_meta
 
 
 @pytest.mark.parametrize("how", PLACED)
 def test_edits_learn_on_a_split_model_as_on_the_whole_one_and_load_on_either(tmp_path, how):
-    settings = {"epochs": 3, "learning_rate": 0.02, "progress": False}
     whole, split = learner(make_model(), RAW), learner(placed(tmp_path, how), RAW)
-    for reft in (whole, split):
-        rl.train(reft, PAIRS, **settings)
-    for name, tensor in whole.interventions.state_dict().items():
-        assert_close(split.interventions.state_dict()[name], tensor)
-    split.save(tmp_path / "edit")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+    trained_alike(whole, split, tmp_path / "edit")
+    with without_warning():
         again = rl.load(tmp_path / "edit", make_model(), make_tokenizer())
     assert rl.answer_loss(again, PAIRS) == pytest.approx(rl.answer_loss(split, PAIRS), abs=1e-6)
 
@@ -216,20 +219,19 @@ def test_edits_learn_on_a_split_model_as_on_the_whole_one_and_load_on_either(tmp
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_an_edit_under_gradient_checkpointing_has_the_gradients_of_a_plain_hook(reentrant):
     model, oracle = make_model().train(), make_model().train()
-    ids = torch.tensor([[3, 9, 5, 7, 2], [8, 4, 6, 11, 10]])
-    batch, answers = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids.clone()
+    answers = IDS.clone()
     answers[:, :3] = -100
     reft = graph(intervention=rl.LoReFT(rank=2), positions="[2]").bind(model)
     built = copy.deepcopy(reft.interventions["edit"])
     columns = [[2], [2]]
     with plain_edit(
-        oracle.model.layers[1], batch["attention_mask"], columns, lambda base, source, numbers: built(base)
+        oracle.model.layers[1], BATCH["attention_mask"], columns, lambda base, source, numbers: built(base)
     ):
-        oracle(**batch, labels=answers).loss.backward()
+        oracle(**BATCH, labels=answers).loss.backward()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.enable_input_require_grads()
     ours = hook_count(model)
-    reft(**batch, labels=answers, use_cache=False).loss.backward()
+    reft(**BATCH, labels=answers, use_cache=False).loss.backward()
     for name, parameter in reft.interventions["edit"].named_parameters():
         assert_close(parameter.grad, dict(built.named_parameters())[name].grad)
     assert hook_count(model) == ours
@@ -248,10 +250,8 @@ def test_attention_patterns_are_read_in_wrapped_models(tmp_path, how):
     }.get(how, lambda: compiled(make_model(), how))()
     oracle = with_lora(make_model()).eval() if how == "lora" else make_model()
     (oracle.get_base_model() if how == "lora" else oracle).set_attn_implementation("eager")
-    ids = torch.tensor([[3, 9, 5, 7, 2], [8, 4, 6, 11, 10]])
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     site = f"{prefix}model.layers[1].self_attn.pattern"
-    got = graph(prefix + RAW).bind(model).read(f"{site} @ all", **batch)[f"{site} @ all"]
+    got = graph(prefix + RAW).bind(model).read(f"{site} @ all", **BATCH)[f"{site} @ all"]
     with torch.no_grad():
-        expected = oracle(**batch, output_attentions=True).attentions[1]
+        expected = oracle(**BATCH, output_attentions=True).attentions[1]
     assert_close(got, expected)

@@ -48,11 +48,3 @@ def test_xlnets_generation_is_refused_because_its_passes_cover_no_window() -> No
     edit = rl.Edit("zero", at="blocks[1].output", positions="first", intervention=rl.Zero())
     with pytest.raises(rl.RunError, match="XLNet"):
         cells.bind("xlnet", edit).generate(**batch_of((5, 5)), max_new_tokens=3)
-
-
-def test_no_cell_leaves_a_hook_on_its_model() -> None:
-    for name in TABLE:
-        site, before = next(iter(TABLE[name])), cells.hooks_on(name)
-        cells.check_read(name, site, "right")
-        cells.check_edit(name, site, "right", cells.ADD)
-        assert cells.hooks_on(name) == before

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reftlab import InterventionError
 from reftlab import interventions as iv
 
 WIDTH = 6
@@ -61,10 +62,22 @@ def built(made: Any) -> Any:
     return edit
 
 
+def needs_source(made: iv.Intervention) -> bool:
+    try:
+        made.check_source(False)
+    except InterventionError:
+        return True
+    return False
+
+
 def source_of(edit: Any, base: Tensor) -> Tensor | None:
     """Vectors for edits that need a source."""
-    try:
-        edit.check_source(False)
-    except iv.base.InterventionError:
-        return torch.randn(base.shape, generator=torch.Generator().manual_seed(9)).to(base)
-    return None
+    if not needs_source(edit):
+        return None
+    return torch.randn(base.shape, generator=torch.Generator().manual_seed(9)).to(base)
+
+
+def close(got: Tensor, expected: Any, tolerance: float = 1e-5) -> None:
+    """Equal within `tolerance`, absolute and relative, compared in float64."""
+    expected = torch.as_tensor(expected).detach().double()
+    torch.testing.assert_close(got.detach().double(), expected, rtol=tolerance, atol=tolerance)

@@ -1,4 +1,4 @@
-"""Every kind of intervention, bound to a model, saved, and loaded without what it was fitted with."""
+"""What is learned or fitted to vectors, bound to a model, saved, and loaded without those vectors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import reftlab as rl
 from reftlab import interventions as iv
+from tests.interventions.catalog import needs_source
 from tests.models import batch_of
 from tests.oracle import assert_close, randomise
 
@@ -34,12 +35,7 @@ NAMES = list(descriptions(32))
 
 
 def bound(llama: Any, intervention: Any) -> rl.BoundModel:
-    source = rl.Read(at="blocks[0].output", positions="last")
-    try:
-        intervention.check_source(False)
-        source = None
-    except rl.InterventionError:
-        pass
+    source = rl.Read(at="blocks[0].output", positions="last") if needs_source(intervention) else None
     edit = rl.Edit("mine", at="blocks[1].output", positions="last", intervention=intervention, source=source)
     return rl.InterventionGraph(edit).bind(llama)
 

@@ -15,14 +15,9 @@ from torch import Tensor
 from reftlab import InterventionError
 from reftlab import interventions as iv
 from reftlab.interventions.passing import PassMean
+from tests.interventions.catalog import close
 
 WIDTH = 6
-
-
-def close(got: Tensor, expected: Any) -> None:
-    np.testing.assert_allclose(
-        got.detach().double().numpy(), np.asarray(expected, float), rtol=1e-5, atol=1e-5
-    )
 
 
 def test_steering_adds_a_multiple_of_the_vector_or_of_the_vectors_own_length() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reftlab import InterventionError
 from reftlab import interventions as iv
-from tests.interventions.catalog import rotation
+from tests.interventions.catalog import close, rotation
 from tests.oracle import orthonormal
 
 WIDTH = 6
@@ -19,11 +19,6 @@ WIDTH = 6
 
 def pair(n: int = 5) -> tuple[Tensor, Tensor]:
     return torch.randn(n, WIDTH), torch.randn(n, WIDTH)
-
-
-def close(got: Tensor, expected: Any) -> None:
-    expected = torch.as_tensor(expected).float()
-    torch.testing.assert_close(got.detach().float(), expected, rtol=1e-5, atol=1e-5)
 
 
 def by_rotation(base: Tensor, source: Tensor, basis: Tensor, mask: Any) -> Any:

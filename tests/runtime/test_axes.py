@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import reftlab as rl
 from reftlab.runtime.axes import axes_of
 from tests.models import WIDTH, batch_of
-from tests.oracle import assert_close, columns_by_hand, orthonormal, randomise, raw_blocks
+from tests.oracle import assert_close, columns_by_hand, hooked, orthonormal, randomise, raw_blocks
 
 
 class Net(nn.Module):
@@ -26,7 +26,6 @@ class Net(nn.Module):
 
 @torch.no_grad()
 def test_feature_maps_are_tokens_in_raster_order() -> None:
-    torch.manual_seed(0)
     net, image = Net(), torch.randn(2, 3, 4, 6)
     vector = torch.arange(5.0)
     reft = rl.InterventionGraph(
@@ -57,7 +56,6 @@ class Cells(nn.Module):
 
 @torch.no_grad()
 def test_the_calls_of_a_cell_are_time_steps() -> None:
-    torch.manual_seed(0)
     net, steps, other = Cells(), torch.randn(2, 5, 3), torch.randn(2, 5, 3)
     states = []
     state = torch.zeros(2, 6)
@@ -92,7 +90,6 @@ def test_the_calls_of_a_cell_are_time_steps() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_a_recurrent_layers_time_axis_is_found(batch_first: bool) -> None:
-    torch.manual_seed(0)
     net = nn.GRU(3, 6, batch_first=batch_first)
     steps = torch.randn(2, 5, 3) if batch_first else torch.randn(5, 2, 3)
     reft = rl.InterventionGraph(
@@ -146,26 +143,22 @@ def test_joined_tokens_are_one_vector(any_model: Any, side: str, cached: bool) -
     r = orthonormal(built.basis.weight)
     columns = columns_by_hand(batch["attention_mask"], lambda real: real[-2:])
 
-    def hook(module: Any, args: Any, output: Any) -> Any:
-        hidden = output if isinstance(output, Tensor) else output[0]
+    def change(hidden: Tensor) -> Tensor:
         if hidden.shape[1] == 1:
-            return None
-        new, group = hidden.clone(), hidden.shape[0] // 3
+            return hidden
+        group = hidden.shape[0] // 3
         for row in range(hidden.shape[0]):
             a, b = columns[row // group]
             h = torch.cat([hidden[row, a], hidden[row, b]])
             h = h + (built.linear.weight @ h + built.linear.bias - h @ r) @ r.T
-            new[row, a], new[row, b] = h[:WIDTH], h[WIDTH:]
-        return new if isinstance(output, Tensor) else (new, *output[1:])
+            hidden[row, a], hidden[row, b] = h[:WIDTH], h[WIDTH:]
+        return hidden
 
     options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "num_beams": 2, "use_cache": cached}
     generates = any_model.can_generate() and side == "left"
-    handle = raw_blocks(any_model)[1].register_forward_hook(hook)
-    try:
+    with hooked(raw_blocks(any_model)[1], change):
         expected = any_model(**batch).logits
         replies = any_model.generate(**batch, **options) if generates else None
-    finally:
-        handle.remove()
     assert_close(reft(**batch).logits, expected)
     if replies is not None:
         assert torch.equal(reft.generate(**batch, **options), replies)

@@ -19,7 +19,6 @@ def trained(
     graph = rl.InterventionGraph(
         rl.Edit(name, at=at, positions="last", intervention=rl.LoReFT(rank=2), **options)
     )
-    torch.manual_seed(seed)
     reft = graph.bind(model)
     randomise(reft)
     with torch.no_grad():

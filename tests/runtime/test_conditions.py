@@ -11,13 +11,13 @@ from torch import Tensor
 import reftlab as rl
 from reftlab.errors import BindError, GraphError
 from tests.models import WIDTH, batch_of, with_position_ids
-from tests.oracle import VECTOR, assert_close, columns_by_hand, plain_edit, plain_read, raw_blocks
+from tests.oracle import VECTOR, assert_close, columns_by_hand, hooked, plain_edit, plain_read, raw_blocks
 
 LENGTHS = (7, 4, 9)
 sides = pytest.mark.parametrize("side", ["left", "right"])
 
 
-def ends(real: list[int]) -> list[int]:
+def last_of(real: list[int]) -> list[int]:
     return real[-1:]
 
 
@@ -52,7 +52,7 @@ def test_a_condition_of_each_row_keeps_the_edit_to_its_rows(any_model: Any, side
         ((measure < limit) | (measure > limit + 1e-4), (cosines < limit) | (cosines > limit + 1e-4)),
         ((measure > limit) & (measure < limit), cosines > 9),
     ):
-        columns = columns_by_hand(batch["attention_mask"], ends)
+        columns = columns_by_hand(batch["attention_mask"], last_of)
         chosen = [c if bool(keep) else [] for c, keep in zip(columns, rows, strict=True)]
         with plain_edit(
             raw_blocks(any_model)[2], batch["attention_mask"], chosen, lambda h, s, n: h + VECTOR
@@ -148,7 +148,7 @@ def test_a_condition_can_read_another_run_and_a_probe_can_decide(llama: Any) -> 
         rl.Source("other"),
         rl.Edit("edit", at="blocks[2].output", positions="last", intervention=rl.Add(VECTOR), when=when),
     )
-    columns = columns_by_hand(batch["attention_mask"], ends)
+    columns = columns_by_hand(batch["attention_mask"], last_of)
     chosen = [c if chance > limit - 1e-6 else [] for c, chance in zip(columns, chances, strict=True)]
     assert sum(map(len, chosen)) == 2
     with plain_edit(raw_blocks(llama)[2], batch["attention_mask"], chosen, lambda h, s, n: h + VECTOR):
@@ -169,14 +169,8 @@ def test_a_gate_applies_its_share_and_learns_with_its_penalty(llama: Any) -> Non
     hidden = plain_read(llama, raw_blocks(llama)[0], batch)
     opened = torch.sigmoid(hidden @ gate.weight + gate.bias)
 
-    def hook(module: Any, args: Any, output: Tensor) -> Tensor:
-        return output + (opened * batch["attention_mask"])[..., None] * VECTOR
-
-    handle = raw_blocks(llama)[2].register_forward_hook(hook)
-    try:
+    with hooked(raw_blocks(llama)[2], lambda h: h + (opened * batch["attention_mask"])[..., None] * VECTOR):
         expected = llama(**batch).logits
-    finally:
-        handle.remove()
     logits = reft(**batch).logits
     assert_close(logits, expected)
     penalty = gate.penalty()

@@ -6,11 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import reftlab as rl
 from tests.models import WIDTH, batch_of, row_of
-from tests.oracle import VECTOR, assert_close, columns_by_hand, orthonormal, plain_edit, randomise, raw_blocks
+from tests.oracle import (
+    VECTOR,
+    assert_close,
+    columns_by_hand,
+    hooked,
+    loreft,
+    plain_edit,
+    randomise,
+    raw_blocks,
+)
 
 LENGTHS = (7, 4, 9)
 OTHER = VECTOR.flip(0) * 0.5
@@ -107,16 +115,8 @@ def test_strengths_and_positions_are_chosen_row_by_row(any_model: Any, side: str
     for row, chosen in enumerate(columns):
         hidden[row, chosen] = factors[row]
 
-    def hook(module: Any, args: Any, output: Any) -> Any:
-        first = output if isinstance(output, Tensor) else output[0]
-        new = first + hidden * VECTOR
-        return new if isinstance(output, Tensor) else (new, *output[1:])
-
-    handle = raw_blocks(any_model)[1].register_forward_hook(hook)
-    try:
+    with hooked(raw_blocks(any_model)[1], lambda h: h + hidden * VECTOR):
         expected = any_model(**batch).logits
-    finally:
-        handle.remove()
     got = reft(**batch, scale={"emoji": factors}, positions={"emoji": rows}).logits
     assert_close(got, expected)
     everywhere = reft(**batch, positions={"emoji": "all"}, scale={"emoji": 2.0}).logits
@@ -124,7 +124,7 @@ def test_strengths_and_positions_are_chosen_row_by_row(any_model: Any, side: str
         assert_close(everywhere, any_model(**batch).logits)
 
 
-def loreft(model: Any, **options: Any) -> rl.BoundModel:
+def with_loreft(model: Any, **options: Any) -> rl.BoundModel:
     edit = rl.Edit(
         "shared", at="blocks[1].output", positions="last", intervention=rl.LoReFT(rank=4), **options
     )
@@ -133,24 +133,19 @@ def loreft(model: Any, **options: Any) -> rl.BoundModel:
     return reft
 
 
-def loreft_by_hand(built: Any, directions: list[int]) -> Any:
-    r = orthonormal(built.basis.weight)
-    keep = torch.zeros(4)
-    keep[directions] = 1.0
-    return lambda h, s, n: h + keep * (h @ built.linear.weight.T + built.linear.bias - h @ r) @ r.T
-
-
 @torch.no_grad()
 def test_a_rows_subspace_touches_that_row_alone(any_model: Any) -> None:
-    batch, reft = batch_of(LENGTHS), loreft(any_model)
+    batch, reft = batch_of(LENGTHS), with_loreft(any_model)
     built, choices = reft.interventions["shared"], [[0, 2], None, []]
     got = reft(**batch, subspace=choices).logits
     columns = columns_by_hand(batch["attention_mask"], lambda real: real[-1:])
+    block, mask = raw_blocks(any_model)[1], batch["attention_mask"]
     for row, chosen in enumerate(choices):
-        change = loreft_by_hand(built, list(range(4)) if chosen is None else chosen)
-        with plain_edit(raw_blocks(any_model)[1], batch["attention_mask"], columns, change):
+        with plain_edit(block, mask, columns, lambda h, s, n, chosen=chosen: loreft(built, h, chosen)):
             assert_close(got[row], any_model(**batch).logits[row])
-    assert_close(loreft(any_model, subspace=[1, 3])(**batch).logits, reft(**batch, subspace=[1, 3]).logits)
+    assert_close(
+        with_loreft(any_model, subspace=[1, 3])(**batch).logits, reft(**batch, subspace=[1, 3]).logits
+    )
     named = reft(**batch, subspace={"shared": [[0, 2], None, []]}).logits
     assert torch.equal(named, got)
 
@@ -158,8 +153,8 @@ def test_a_rows_subspace_touches_that_row_alone(any_model: Any) -> None:
 @torch.no_grad()
 def test_tasks_have_directions_of_one_basis_and_recombine(llama: Any) -> None:
     batch = batch_of(LENGTHS)
-    reft = loreft(llama, tasks={"emoji": [0, 1], "formal": [2, 3]})
-    plain = loreft(llama)
+    reft = with_loreft(llama, tasks={"emoji": [0, 1], "formal": [2, 3]})
+    plain = with_loreft(llama)
     got = reft(**batch, tasks=["emoji", "formal+emoji", "formal"]).logits
     expected = plain(**batch, subspace=[[0, 1], [0, 1, 2, 3], [2, 3]]).logits
     assert_close(got, expected)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import reftlab as rl
-from tests.models import batch_of, hook_count
+from tests.models import batch_of, copy_of, hook_count
 from tests.oracle import assert_close, columns_by_hand, gathered, plain_edit, plain_read, raw_blocks
 
 LENGTHS = (6, 3, 8)
@@ -27,8 +27,9 @@ def calls_of(model: Any) -> tuple[list[int], list[Any]]:
 
 def test_reads_equal_the_models_own_hidden_states(any_model: Any) -> None:
     batch = batch_of((6, 6))
+    # transformers leaves recorders on a model that was asked for its hidden states.
     with torch.no_grad():
-        states = any_model(**batch, output_hidden_states=True).hidden_states
+        states = copy_of(any_model)(**batch, output_hidden_states=True).hidden_states
     reading = EMPTY.bind(any_model).read("blocks[*].input", "final_norm.output", **batch)
     assert len(reading) == 4
     for got, expected in zip(reading.values(), states, strict=True):
@@ -199,7 +200,5 @@ def test_vectors_carry_gradients_only_when_asked(llama: Any) -> None:
 
 
 def test_reads_keep_the_models_dtype(llama: Any) -> None:
-    from tests.models import copy_of
-
     reading = EMPTY.bind(copy_of(llama).bfloat16()).read("blocks[0].output @ last", **batch_of(LENGTHS))
     assert reading["blocks[0].output @ last"].dtype == torch.bfloat16

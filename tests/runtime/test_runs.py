@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 import reftlab as rl
+from tests.families.hand import read_by_hand
+from tests.families.table import into
 from tests.models import HEAD_SIZE, batch_of
-from tests.oracle import assert_close, columns_by_hand, gathered, plain_edit, plain_read, raw_blocks
+from tests.oracle import assert_close, columns_by_hand, gathered, hooked, plain_edit, plain_read, raw_blocks
 
 LENGTHS = (7, 4, 9)
 sides = pytest.mark.parametrize("side", ["left", "right"])
@@ -157,37 +159,22 @@ def test_direct_path_patching_from_one_head_to_anothers_queries_is_a_plain_graph
     layers = llama.model.layers
     mask = batch["attention_mask"][..., None].bool()
 
-    def output_of(module: Any, inputs: dict[str, Tensor], side: str = "output") -> Tensor:
-        kept: list[Tensor] = []
-        handle = (
-            module.register_forward_pre_hook(lambda m, a: kept.append(a[0]))
-            if side == "input"
-            else module.register_forward_hook(
-                lambda m, a, o: kept.append(o if isinstance(o, Tensor) else o[0])
-            )
-        )
-        llama(**inputs)
-        handle.remove()
-        return kept[0]
-
     own = slice(HEAD_SIZE, 2 * HEAD_SIZE)
-    clean_heads = output_of(layers[0].self_attn.o_proj, batch, "input")
-    other_heads = output_of(layers[0].self_attn.o_proj, corrupt, "input")
+    heads = into("model.layers.0.self_attn.o_proj")
+    clean_heads, other_heads = (read_by_hand(llama, heads, inputs) for inputs in (batch, corrupt))
     patched = clean_heads.clone()
     patched[..., own] = torch.where(mask, other_heads[..., own], clean_heads[..., own])
     change = (patched - clean_heads) @ layers[0].self_attn.o_proj.weight.T
-    residual = output_of(layers[1], batch) + change
+    residual = plain_read(llama, layers[1], batch) + change
     queries = layers[2].self_attn.q_proj(layers[2].input_layernorm(residual))
     receiver = slice(2 * HEAD_SIZE, 3 * HEAD_SIZE)
 
-    def hook(module: Any, args: Any, output: Tensor) -> Tensor:
-        new = output.clone()
-        new[..., receiver] = torch.where(mask, queries[..., receiver], output[..., receiver])
-        return new
+    def receive(output: Tensor) -> Tensor:
+        output[..., receiver] = torch.where(mask, queries[..., receiver], output[..., receiver])
+        return output
 
-    handle = layers[2].self_attn.q_proj.register_forward_hook(hook)
-    expected = llama(**batch).logits
-    handle.remove()
+    with hooked(layers[2].self_attn.q_proj, receive):
+        expected = llama(**batch).logits
     real = batch["attention_mask"].bool()
     got = graph.bind(llama)(**batch, sources={"corrupt": corrupt}).logits
     assert_close(got[real], expected[real], 1e-4)

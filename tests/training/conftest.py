@@ -60,14 +60,19 @@ def bind(graph: rl.InterventionGraph | None = None, dtype: torch.dtype = torch.f
     return (graph or make_graph()).bind(model, make_tokenizer())
 
 
+def batch_loss(twin: rl.BoundModel, pairs: list[tuple[str, str]]) -> torch.Tensor:
+    """The mean cross-entropy of the answers' tokens, by hand."""
+    batch = rl.training.Collator.of(twin.tokenizer)(
+        rl.training.encode(twin.tokenizer, rl.training.as_examples(pairs))
+    )
+    labels, logits = batch["labels"], twin(**batch).logits
+    kept = labels[:, 1:] != -100
+    return torch.nn.functional.cross_entropy(logits[:, :-1][kept], labels[:, 1:][kept])
+
+
 @pytest.fixture
 def reft() -> rl.BoundModel:
     return bind()
-
-
-@pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer()
 
 
 @pytest.fixture

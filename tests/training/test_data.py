@@ -7,6 +7,13 @@ import torch
 import reftlab as rl
 from reftlab.training import Collator, Encoded, as_examples, encode, format_prompt
 
+from .conftest import make_tokenizer
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()
+
 
 def test_pairs_mappings_prompts_and_datasets_are_all_read_as_examples():
     wanted = [rl.Example("who", "red"), rl.Example("what", "blue")]

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 import reftlab as rl
 from reftlab.interventions import Gated, Intervention, MaskedSwap
 
-from .conftest import PAIRS, bind
+from .conftest import PAIRS, batch_loss, bind
 
 QUIET: dict[str, Any] = {"schedule": "constant", "progress": False, "seed": 0}
 
@@ -52,16 +52,6 @@ class Listener(TrainerCallback):
 def weighed(weight: float, at: str = "blocks[1].output", **more: Any) -> rl.BoundModel:
     edit = rl.Edit("push", at=at, positions="last", intervention=Weighed(weight), **more)
     return bind(rl.InterventionGraph(edit))
-
-
-def batch_loss(twin: rl.BoundModel, pairs: Any) -> torch.Tensor:
-    """The mean cross-entropy of the answers' tokens, by hand."""
-    batch = rl.training.Collator.of(twin.tokenizer)(
-        rl.training.encode(twin.tokenizer, rl.training.as_examples(pairs))
-    )
-    labels, logits = batch["labels"], twin(**batch).logits
-    kept = labels[:, 1:] != -100
-    return torch.nn.functional.cross_entropy(logits[:, :-1][kept], labels[:, 1:][kept])
 
 
 @pytest.mark.parametrize(

@@ -22,13 +22,13 @@ QUIET: dict[str, Any] = {"chat": False, "progress": False}
 
 
 def interchange(
-    model: Any, tokenizer: Any, positions: str = "last", there: str | None = None
+    model: Any, tokenizer: Any, positions: str = "last", there: str | None = None, rank: int = 4
 ) -> rl.BoundModel:
     torch.manual_seed(0)
     return rl.InterventionGraph(
         rl.Source("other"),
         rl.Edit(
-            "swap", at="blocks[0].output", positions=positions, intervention=rl.RotatedSwap(rank=4),
+            "swap", at="blocks[0].output", positions=positions, intervention=rl.RotatedSwap(rank=rank),
             source=rl.Read(run="other", positions=there),
         ),
     ).bind(model, tokenizer)  # fmt: skip
@@ -58,7 +58,9 @@ def test_an_interchange_learns_from_the_source_of_each_example(llama: Any, token
             logits = reft(
                 input_ids=torch.tensor([one.input_ids]),
                 prompt={
-                    "input_ids": torch.tensor([[i for i, n in zip(*ids(one), strict=True) if n == -100]])
+                    "input_ids": torch.tensor(
+                        [[i for i, n in zip(one.input_ids, one.labels, strict=True) if n == -100]]
+                    )
                 },
                 sources={"other": dict(other)},
             ).logits
@@ -74,10 +76,6 @@ def test_an_interchange_learns_from_the_source_of_each_example(llama: Any, token
         expected.append(float(loss.detach()))
     assert losses == pytest.approx(expected, rel=1e-4)
     assert losses[-1] < losses[0] - 0.01
-
-
-def ids(one: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return one.input_ids, one.labels
 
 
 def test_a_training_depends_on_the_sources(llama: Any, tokenizer: Any) -> None:
@@ -106,7 +104,8 @@ def test_every_example_may_say_where_its_edit_acts(llama: Any, tokenizer: Any) -
 
 
 def test_asking_and_evaluating_take_each_examples_own_source(llama: Any, tokenizer: Any) -> None:
-    reft = interchange(llama, tokenizer)
+    # All of the vector, so that what is said changes as well.
+    reft = interchange(llama, tokenizer, rank=llama.config.hidden_size)
     singly = [
         rl.reply(
             reft, row.prompt, max_new_tokens=4, chat=False,
@@ -114,6 +113,8 @@ def test_asking_and_evaluating_take_each_examples_own_source(llama: Any, tokeniz
         )[0]
         for row in ROWS
     ]  # fmt: skip
+    assert all(singly)
+    assert singly != rl.reply(llama, [row.prompt for row in ROWS], tokenizer, max_new_tokens=4, chat=False)
     assert rl.reply(reft, ROWS, max_new_tokens=4, chat=False) == singly
     found = rl.evaluate(reft, ROWS, batch_size=2, max_new_tokens=4, chat=False)
     assert [outcome.reply for outcome in found.outcomes] == singly

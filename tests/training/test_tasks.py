@@ -53,6 +53,7 @@ def test_tasks_mixed_in_one_batch_are_learned_and_told_apart(llama: Any, tokeniz
     )
     measured = rl.evaluate(reft, ROWS, max_new_tokens=2, batch_size=3)
     replies = [rl.reply(reft, row.prompt, tasks=row.task, max_new_tokens=2)[0] for row in ROWS]
+    assert all(replies)
     assert [outcome.reply for outcome in measured.outcomes] == replies
 
 

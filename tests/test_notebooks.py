@@ -63,12 +63,13 @@ def outputs(notebook, kind):
     ]
 
 
-def executed(path, folder, claim):
-    """The notebook run anew in `folder`, and what `claim`, its last cell then, prints as JSON."""
+def executed(path, folder, claim=None):
+    """The notebook run anew in `folder`, and what `claim`, if given its last cell then, prints as JSON."""
     notebook = nbformat.read(path, as_version=4)
-    notebook.cells.append(nbformat.v4.new_code_cell(claim))
+    if claim is not None:
+        notebook.cells.append(nbformat.v4.new_code_cell(claim))
     NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(folder)}}).execute()
-    return notebook, json.loads(notebook.cells[-1].outputs[0].text)
+    return notebook, None if claim is None else json.loads(notebook.cells[-1].outputs[0].text)
 
 
 def complaints(notebook):
@@ -163,8 +164,7 @@ def check_conditions_and_tasks(told):
 
 @pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.stem)
 def test_every_other_notebook_holds_what_it_asserts(path, tmp_path):
-    notebook, counted = executed(path, tmp_path, "print(1)")
-    assert counted == 1
+    notebook, _ = executed(path, tmp_path)
     assert complaints(notebook) == []
     assert any("assert " in cell.source for cell in notebook.cells if cell.cell_type == "code")
 

@@ -43,8 +43,8 @@ def _sentences(explanation: Explanation) -> Iterator[str]:
     if asked:
         edited, bare = sum(r.exact for r in asked), sum(r.bare_exact for r in asked)
         yield (
-            f"The model gives {edited} of {len(asked)} answers to the letter with the edit{'s' * (len(edits) > 1)}, "
-            f"and {bare} without."
+            f"The model gives {edited} of {len(asked)} answers to the letter with the "
+            f"edit{'s' * (len(edits) > 1)}, and {bare} without."
         )
 
 

@@ -10,7 +10,17 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from reftlab.graph.edit import Edit
-from reftlab.graph.layout import LINE, Mark, Measure, Sheet, condition_reads, lay_out, shown
+from reftlab.graph.layout import (
+    LINE,
+    Mark,
+    Measure,
+    Sheet,
+    condition_reads,
+    gap_text,
+    lay_out,
+    shown,
+    view_text,
+)
 from reftlab.graph.nodes import BASE, Read
 from reftlab.plotting.style import BLACK, BLUE, FONT, GREEN, ORANGE, PURPLE, VERMILLION, InlineFigure
 
@@ -65,10 +75,10 @@ def draw_graph(graph: InterventionGraph, layers: int | None = None) -> Figure:
         y = _draw_lane(axes, sheet, run, marks, y, placed)
     for edit in graph.edits:
         if edit.source is not None:
-            _draw_arrows(axes, placed[f"supply:{edit.name}"], placed[f"edit:{edit.name}"], "flow")
+            _draw_arrows(axes, sheet, placed[f"supply:{edit.name}"], placed[f"edit:{edit.name}"], "flow")
     for number, edits in enumerate(condition_reads(graph).values()):
         for edit in edits:
-            _draw_arrows(axes, placed[f"condition:{number}"], placed[f"edit:{edit.name}"], "when")
+            _draw_arrows(axes, sheet, placed[f"condition:{number}"], placed[f"edit:{edit.name}"], "when")
     y = _draw_axis(axes, sheet, y)
     y = _draw_legend(axes, sheet, [mark for mark, _ in placed.values()], y)
     axes.set_xlim(0, sheet.width)
@@ -147,7 +157,9 @@ def _draw_mark(axes: Any, sheet: Sheet, mark: Mark, y: float, lane: str) -> None
             y += sheet.size * LINE / 72
 
 
-def _draw_arrows(axes: Any, read: tuple[Mark, float], edit: tuple[Mark, float], kind: str) -> None:
+def _draw_arrows(
+    axes: Any, sheet: Sheet, read: tuple[Mark, float], edit: tuple[Mark, float], kind: str
+) -> None:
     """Arrows from a read's marks to the edit's, one for each pair of places."""
     from matplotlib.patches import FancyArrowPatch
 
@@ -158,6 +170,7 @@ def _draw_arrows(axes: Any, read: tuple[Mark, float], edit: tuple[Mark, float], 
     for start, end in zip(starts, ends, strict=False):
         # Upright arrows bow to the left, past other marks of their column; the rest bow upwards.
         bow = 0.07 if abs(end - start) < 0.2 else -0.08
+        bow = 0.02 if sheet.step >= 0.5 and supply.upright else bow
         arrow = FancyArrowPatch(
             (start, top), (end, bottom), mutation_scale=9, shrinkA=4, shrinkB=4.5, lw=1.0, alpha=0.85,
             connectionstyle=f"arc3,rad={bow}", zorder=2.5, **_ARROWS[kind],
@@ -182,6 +195,8 @@ def _draw_axis(axes: Any, sheet: Sheet, y: float) -> float:
         if all(x + half <= a or b <= x - half for a, b in taken):
             taken.append((x - half, x + half))
             _text(axes, x, y + 0.04, name, 8.0, None, color=_INK, ha="center")
+    for gap, x in sheet.gaps.items():
+        _text(axes, x, y + 0.04, gap_text(gap), 8.0, None, color=_GREY, ha="center")
     if sheet.rest is not None:
         _text(axes, sheet.rest, y + 0.04, "…", 8.0, None, color=_INK, ha="center")
     if not sheet.centre:
@@ -254,7 +269,7 @@ def graph_html(graph: InterventionGraph) -> str:
 
 
 def _cells(node: Edit | Read) -> list[str]:
-    site = str(node.at) + ("" if node.view.whole else f" ({node.view})")
+    site = str(node.at) + ("" if node.view.whole else f" ({view_text(node.view)})")
     if isinstance(node, Read):
         return [node.run, f"read {node.label}", site, str(node.positions or "all"), *[""] * 5]
     positions = str(node.positions) + ("" if node.phase == "prompt" else f", phase {node.phase}")

@@ -224,11 +224,13 @@ def overview_figure(
     )  # fmt: skip
     panels[0].set_ylim(0, 1.12 * max(float(high.max()), 1e-9))
     _legend_above(panels[0])
-    frame(panels[0], y="‖Δ‖ / ‖h‖", title="How large each edit is against the vector it changes")
+    size = "length of the change /\nlength of the vector"
+    frame(panels[0], y=size, title="How large each edit is against the vector it changes")
     if with_loss:
         panels[1].bar(places, [change or 0.0 for change in changes], color=VERMILLION, width=0.7)
         panels[1].axhline(0, color=GREY, linewidth=0.8)
-        frame(panels[1], y="loss change\n(nats per answer token)", title="Answer loss without the edit")
+        title = "How much the answer loss changes when one edit is left out"
+        frame(panels[1], y="loss change\n(nats per answer token)", title=title)
     for axes in panels:
         _named(axes, names, _WIDE)
         axes.set_xlim(-0.6, len(edits) - 0.4)
@@ -242,7 +244,7 @@ def _amounts(axes: Axes, labels: Sequence[str], mean: Sequence[float], std: Sequ
     axes.bar(range(len(labels)), mean, yerr=std, color=BLUE, ecolor=ORANGE, capsize=3, width=0.6)
     axes.axhline(0, color=GREY, linewidth=0.8)
     _named(axes, labels)
-    frame(axes, x="direction", y="amount (units of the site)", title="Written: mean ± std")
+    frame(axes, x="direction", y="length along the direction", title="Written: mean ± std")
 
 
 def _moves(axes: Axes, before: Points, after: Points, explained: Sequence[float]) -> None:
@@ -254,9 +256,14 @@ def _moves(axes: Axes, before: Points, after: Points, explained: Sequence[float]
     axes.scatter(before[:, 0], before[:, 1], s=26, color=BLUE, marker="o", label="before")
     axes.scatter(after[:, 0], after[:, 1], s=30, color=VERMILLION, marker="^", label="after")
     axes.margins(0.12)
+    # An axis with next to no variance is not stretched to look like one that has.
+    spans = np.ptp(np.concatenate([before, after]), axis=0)
+    if spans[1] < 0.25 * spans[0]:
+        middle = float(np.concatenate([before, after])[:, 1].mean())
+        axes.set_ylim(middle - 0.3 * spans[0], middle + 0.3 * spans[0])
     axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
-    one, two = explained
-    frame(axes, x=f"axis 1 ({one:.0%} of variance)", y=f"axis 2 ({two:.0%})", title="Vectors, PCA of both",
+    one, two = (f"{share:.0%}" if share >= 0.01 else "under 1%" for share in explained)
+    frame(axes, x=f"axis 1 ({one} of variance)", y=f"axis 2 ({two})", title="Vectors, PCA of both",
           grid="both")  # fmt: skip
 
 
@@ -268,13 +275,12 @@ def _losses(axes: Axes, removed: Sequence[tuple[str, str, float]]) -> None:
     axes.bar(range(len(bars)), [c for _, c, _ in bars], color=[colour for *_, colour in bars], width=0.6)
     if random:
         axes.axhspan(min(random), max(random), color=ORANGE, alpha=0.25, linewidth=0, zorder=0.5)
-        axes.axhline(
-            float(np.mean(random)), color=ORANGE, linewidth=1.5, label="a random direction: mean, range"
-        )
+        draws = f"mean and range of {len(random)} random\ndirections within the same span"
+        axes.axhline(float(np.mean(random)), color=ORANGE, linewidth=1.5, label=draws)
         axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22))
     axes.axhline(0, color=GREY, linewidth=0.8)
     _named(axes, [label for label, *_ in bars])
-    frame(axes, x="removed direction", y="loss change (nats per token)", title="Answer loss without")
+    frame(axes, x="removed direction", y="loss change (nats per token)", title="Loss change without it")
 
 
 def _legend_above(axes: Axes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from reftlab.plotting.style import BLUE, VERMILLION, empty_figure, frame
 
@@ -26,5 +27,11 @@ def loss_figure(
         axes.legend(frameon=False)
     if any(loss > 0 for loss in (*losses, *evaluation_losses)):
         axes.set_yscale("log")
+        shown = [loss for loss in (*losses, *evaluation_losses) if loss > 0]
+        # Over a decade or less, powers of ten alone would leave the axis all but bare.
+        narrow = max(shown) < 20 * min(shown)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6) if narrow else (1,)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     frame(axes, x="optimiser step", y="answer loss (nats per token, log scale)")
     return figure

@@ -372,3 +372,46 @@ def test_html_escapes_what_users_write():
     assert "<b>" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert page.count("</td>") == page.count("<td ")
+
+
+def test_blocks_in_which_nothing_happens_are_left_out_and_named():
+    graph = InterventionGraph(
+        edit("a", "blocks[10].output"), edit("b", "blocks[13].output"), edit("c", "blocks[-6].output")
+    )
+    written = [text.get_text() for text in texts(draw_graph(graph))]
+    assert {"0 … 9", "−5 … −1"} <= set(written)
+    assert {"10", "11", "12", "13", "−6"} <= set(written)
+    assert not {"0", "9", "−5", "−1"} & set(written)
+    known = [text.get_text() for text in texts(draw_graph(graph, layers=30))]
+    assert {"0 … 9", "14 … 23", "24", "25 … 29"} <= set(known)
+
+
+def test_blocks_that_a_band_covers_are_not_left_out():
+    graph = InterventionGraph(edit("all", "blocks[*].output"), edit("one", "blocks[9].output"))
+    assert not any(" … " in text.get_text() for text in texts(draw_graph(graph)))
+
+
+def test_a_condition_is_written_with_both_its_reads():
+    when = rl.cosine("blocks[10].output @ [1]", "blocks[10].output @ last") > 0.8
+    graph = InterventionGraph(edit("e", "blocks[15].output", when=when))
+    written = [text.get_text().strip() for text in texts(draw_graph(graph))]
+    assert "if cosine('blocks[10].output @ [1]'," in written
+    assert "'blocks[10].output @ last') > 0.8" in written
+
+
+def test_edits_at_one_site_have_arrows_of_their_own_and_labels_beside_them():
+    def swap(name, heads):
+        return edit(
+            name, "blocks[3].attn.heads", "last", Swap(), heads=heads, run="path", source=Read(run="corrupt")
+        )
+
+    figure = draw_graph(
+        InterventionGraph(Source("corrupt"), Source("path"), swap("one", [3]), swap("two", [4, 5]))
+    )
+    x = {a.get_gid(): a.get_xdata()[0] for a in figure.axes[0].lines if a.get_gid()}
+    assert x["supply:one"] == x["edit:one"] < x["supply:two"] == x["edit:two"]
+    written = " ".join(text.get_text() for text in texts(figure))
+    assert "(head 3)" in written
+    assert "(heads 4, 5)" in written
+    starts = [text.get_position()[0] for text in texts(figure) if text.get_text() in ("one", "two", "→ one")]
+    assert min(starts) > x["edit:two"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from reftlab import InterventionError
 from reftlab import interventions as iv
+from tests.interventions import catalog
 from tests.interventions.catalog import WIDTH, autoencoder
 
 CHANGES: dict[str, Any] = {"set": {1: 4.0, 7: -1.0}, "scale": {2: 3.0}, "ablate": [3], "swap": [0, 8]}
@@ -28,10 +30,7 @@ def decoded(sae: iv.SparseAutoencoder, z: Any) -> Any:
     return z @ sae.decoder.double().numpy() + sae.decoder_bias.double().numpy()
 
 
-def close(got: Tensor, expected: Any) -> None:
-    np.testing.assert_allclose(got.detach().double().numpy(), expected, rtol=1e-4, atol=1e-4)
-
-
+close = partial(catalog.close, tolerance=1e-4)
 KINDS = pytest.mark.parametrize("threshold", [False, True], ids=["relu", "jumprelu"])
 CENTERS = pytest.mark.parametrize("center", [False, True], ids=["plain", "centred"])
 

@@ -97,3 +97,18 @@ def test_points_before_and_after_are_drawn_where_they_are():
     np.testing.assert_allclose(before.get_offsets(), POINTS)
     np.testing.assert_allclose(after.get_offsets(), POINTS + 1)
     assert "70%" in figure.axes[0].get_xlabel()
+
+
+def test_an_axis_with_next_to_no_variance_is_not_stretched():
+    flat = np.stack([np.full(8, -7.0), np.linspace(-0.1, 0.1, 8)], axis=1)
+    (axes,) = axes_figure("e", flat, flat + np.array([14, 0]), [0.999, 0.001]).axes
+    low, high = axes.get_ylim()
+    assert high - low > 7
+    assert "under 1%" in axes.get_ylabel()
+
+
+def test_the_band_says_how_many_random_directions_it_spans_and_of_which_span():
+    removed = [("edit", "", 1.0), ("direction", "1", 0.9), *(("random", str(n), 0.1 * n) for n in range(3))]
+    figure = edit_figure("e", (["1"], [1.0], [0.2]), (POINTS, POINTS + 1, [0.7, 0.2]), removed)
+    (label,) = [text.get_text() for text in figure.axes[2].get_legend().get_texts()]
+    assert " ".join(label.split()) == "mean and range of 3 random directions within the same span"

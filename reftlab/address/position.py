@@ -85,7 +85,7 @@ class Position:
 
     def select(self, prompt: Prompt) -> Tensor:
         """Return the chosen tokens of one prompt, ascending, `(k,)` int64, counted from 0."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say which tokens it chooses")
 
     def select_generated(self, count: int) -> Tensor:
         """Return the chosen ones among the first `count` generated tokens, `(k,)` int64.

@@ -8,6 +8,7 @@ tokens, in the prompt as among generated tokens, and gives one value for each of
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -29,9 +30,9 @@ Gates = Mapping[Any, nn.Module]
 class Condition(Expression):
     """Yes or no for each row or token, or a number from 0 to 1 where a gate is in it."""
 
+    @abstractmethod
     def mask(self, vectors: Vectors, gates: Gates) -> Bool[Tensor, " n"] | Values:
         """The condition for read vectors, each `(n, width)`; `gates` are the built soft gates."""
-        raise NotImplementedError
 
     @property
     def gates(self) -> tuple[Gate, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,7 @@ Vectors = Mapping[Read, Tensor]
 Values = Float[Tensor, " n"]
 
 
-class Expression:
+class Expression(ABC):
     """What measures and conditions share: equality by content, and the reads inside."""
 
     @property
@@ -47,12 +48,13 @@ class Expression:
         """Reads, and how many features their vectors must have, wherever a part says so."""
         return tuple(pair for part in self._parts() if not isinstance(part, Read) for pair in part.widths)
 
+    @abstractmethod
     def with_reads(self, change: Callable[[Read], Read]) -> Any:
         """The expression with every read changed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _parts(self) -> tuple[Any, ...]:
-        raise NotImplementedError
+        """The reads and expressions that it is made of."""
 
     def _key(self) -> tuple[Any, ...]:
         fields = (getattr(self, name) for name in self.__dataclass_fields__)  # type: ignore[attr-defined]
@@ -80,9 +82,9 @@ class Measure(Expression):
     def __le__(self, other: Measure | float) -> Any:
         return _compared(self, "<=", other)
 
+    @abstractmethod
     def value(self, vectors: Vectors) -> Values:
         """The measure of the read vectors, each `(n, width)`."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)

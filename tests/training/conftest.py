@@ -1,3 +1,4 @@
+import datasets
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -78,3 +79,11 @@ def reft() -> rl.BoundModel:
 @pytest.fixture
 def tokenizer_with_template() -> PreTrainedTokenizerFast:
     return make_tokenizer(template=True)
+
+
+def splits(**rows):
+    tables = {
+        name: datasets.Dataset.from_list([{"prompt": p, "answer": a} for p, a in pairs])
+        for name, pairs in rows.items()
+    }
+    return datasets.DatasetDict(tables)

@@ -24,9 +24,12 @@ COLUMNS = {
 }  # fmt: skip
 LEGEND = (
     "R: a read equals what a plain hook sees; F: an added vector and a LoReFT equal a plain hook's edit of a "
-    "forward pass; G: a LoReFT equals a plain hook's edit of a generation, in column out also one of every generated token; each with padding left and right. "
+    "forward pass; G: a LoReFT equals a plain hook's edit of a generation, in column out also one of every "
+    "generated token; each with padding left and right. "
     "pattern: R equals the model's own attentions (its scores' softmax too), F: a row of zeros takes the head's "
-    "result away. lower case: fails; ·: cannot be; –: the model has no such place."
+    "result away; its generation is compared in tests/runtime/test_attention.py, for Llama, and not here. "
+    "lower case: fails; ·: cannot be; –: the model has no such place. An encoder has no vocabulary, so no unembed; "
+    "rows cross are a decoder's attention to its encoder, which has the places of attention alone."
 )
 
 

@@ -6,7 +6,7 @@ import inspect
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,6 @@ from torch import Tensor, nn
 from reftlab.errors import RunError
 from reftlab.runtime.window import Layout
 from reftlab.runtime.wrapped import entrances
-
-if TYPE_CHECKING:
-    from reftlab.runtime.run import Run
 
 __all__ = ["Calls", "Layouts", "continues_texts"]
 
@@ -156,21 +153,6 @@ class Calls:
                 start = past if stream == "decoder" or not self.has_decoder else 0
                 found[stream] = (tokens.shape[0], start, start + tokens.shape[1])
         return found
-
-    def hooks_for(self, run: Run) -> tuple[Any, Any]:
-        """Hooks that tell a run before each pass which columns it covers, and note where the pass ended."""
-        covered: tuple[dict[str, Any], dict[str, Window]] = {}, {}
-
-        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
-            nonlocal covered
-            named = self.named(args, kwargs)
-            covered = named, self.windows(named)
-            run.move(covered[1], None if "decoder" in run.chooser.frames else self.decoder_prompt(named))
-
-        def end(module: nn.Module, args: Any, output: Any) -> None:
-            self.passed(*covered)
-
-        return begin, end
 
     def decoder_prompt(self, named: Mapping[str, Any]) -> Layout | None:
         """The decoder's prompt of a generation, which only its first pass shows."""

@@ -401,7 +401,7 @@ class BoundModel(nn.Module):
         prepared = [module for module in modules if hasattr(module, "prepare")]
         with turn_of(self.model), eagerly(self.model), run.hooks() as hooks:
             for module in entrances(self.model):
-                begin, end = self._calls.hooks_for(run)
+                begin, end = run.around(self._calls)
                 hooks.on_input(module, begin, first=True)
                 hooks.on_output(module, end)
             try:

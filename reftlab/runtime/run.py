@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from reftlab.address import ATTENTION_SIDES, head_name
 from reftlab.errors import RunError, UntouchedEditWarning
 from reftlab.runtime.attention import SoftmaxWatch, attending
-from reftlab.runtime.calls import Layouts
+from reftlab.runtime.calls import Calls, Layouts, Window
 from reftlab.runtime.choose import Chooser, Chosen, Frame
 from reftlab.runtime.editing import Editor, Observer, gathered
-from reftlab.runtime.hooks import OwnedHooks, StopForward
+from reftlab.runtime.hooks import OnInput, OnOutput, OwnedHooks, StopForward
 from reftlab.runtime.leaf import get_input, get_output, put_input, put_output
 from reftlab.runtime.options import Options
 from reftlab.runtime.places import BoundEdit, BoundRead
@@ -117,6 +117,21 @@ class Run:
         starts = [start for _, start, _ in windows.values()]
         self._continues = bool(starts) and max(starts) > 0
         self.chooser.move(windows, decoder)
+
+    def around(self, calls: Calls) -> tuple[OnInput, OnOutput]:
+        """Hooks that say before each pass which columns it covers, and note in `calls` where it ended."""
+        covered: tuple[dict[str, Any], dict[str, Window]] = {}, {}
+
+        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+            nonlocal covered
+            named = calls.named(args, kwargs)
+            covered = named, calls.windows(named)
+            self.move(covered[1], None if "decoder" in self.chooser.frames else calls.decoder_prompt(named))
+
+        def end(module: nn.Module, args: Any, output: Any) -> None:
+            calls.passed(*covered)
+
+        return begin, end
 
     def _on_output(self, nodes: list[Node], owned: OwnedHooks) -> Any:
         def act(module: nn.Module, args: Any, output: Any) -> Any:

@@ -1,0 +1,20 @@
+"""The causal cone of a graph's edits: what they can change, and running nothing else."""
+
+from reftlab.runtime.cone.runner import ConeRunner, Predictions
+from reftlab.runtime.cone.stack import BlockStack, cache_of, extras_of, reasons_against, skipping
+from reftlab.runtime.cone.store import ConeStore
+from reftlab.runtime.cone.value import Cone, Reach, cone_of
+
+__all__ = [
+    "BlockStack",
+    "Cone",
+    "ConeRunner",
+    "ConeStore",
+    "Predictions",
+    "Reach",
+    "cache_of",
+    "cone_of",
+    "extras_of",
+    "reasons_against",
+    "skipping",
+]

@@ -1,0 +1,226 @@
+"""What lies outside the cone: computed once, kept by content, and put together for each batch."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reftlab.runtime.cone.stack import BlockStack, extras_of
+from reftlab.runtime.cone.store import ConeStore
+from reftlab.runtime.hooks import OwnedHooks, StopForward, turn_of
+
+if TYPE_CHECKING:
+    from reftlab.runtime.model import BoundModel
+
+__all__ = ["Outside", "Part"]
+
+_TOGETHER = 16
+"""How many tokens' keys and values make one entry; examples share the entries of their common beginning."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One row, and which of its tokens are in the cone.
+
+    Attributes:
+        ids: its real tokens.
+        answered: whether each belongs to the answer.
+        start: the first token in the cone.
+        stop: the token after the last one.
+    """
+
+    ids: tuple[int, ...]
+    answered: tuple[bool, ...]
+    start: int
+    stop: int
+
+    @property
+    def suffix(self) -> tuple[int, ...]:
+        """The tokens in the cone."""
+        return self.ids[self.start : self.stop]
+
+
+class Outside:
+    """Finds the values outside the cone, or makes them with the bare model.
+
+    Args:
+        reft: the bound model, whose bare model runs.
+        stack: its blocks.
+        store: where values are kept.
+
+    Attributes:
+        extras: for each block how many values it returns behind the hidden state; see `skipping`.
+    """
+
+    def __init__(self, reft: BoundModel, stack: BlockStack, store: ConeStore) -> None:
+        self._reft, self._stack, self._store = reft, stack, store
+        self.extras: list[int] = []
+        self._versions: tuple[int, ...] = ()
+        self._identity = b""
+
+    def gather(
+        self, parts: Sequence[Part], count: int, device: torch.device
+    ) -> tuple[Float[Tensor, "block two row head token k"] | None, Float[Tensor, "row token width"]]:
+        """The values of a batch, for a cone whose first block is `count`.
+
+        Returns:
+            Keys and values of the tokens before the cone in the blocks from `count` on, padded on the
+            left, or None where there are none; and what leaves block `count - 1` at the cone's tokens,
+            padded on the right (of width 0 where the cone begins with the first block).
+        """
+        root = self._root(count)
+        keys = [_keys(root, part) for part in parts]
+        needs_past = count < len(self._stack)
+        found: dict[bytes, Tensor] = {}
+        missing = []
+        for row, (before, inside) in enumerate(keys):
+            wanted = [*(before if needs_past else ()), *((inside,) if count else ())]
+            for key in wanted:
+                value = found.get(key)
+                value = self._store.get(key) if value is None else value
+                if value is None:
+                    missing.append(row)
+                    break
+                found[key] = value
+        if missing:
+            found |= self._make([parts[row] for row in missing], [keys[row] for row in missing], count)
+        past = _past(parts, [before for before, _ in keys], found, device) if needs_past else None
+        hidden = _hidden(parts, [inside for _, inside in keys], found, device) if count else torch.empty(
+            len(parts), 0, 0, device=device
+        )
+        return past, hidden
+
+    def _root(self, count: int) -> bytes:
+        """What entries of this model, as it is now, begin with."""
+        model = self._reft.model
+        tensors = (*model.parameters(), *model.buffers())
+        versions = tuple(
+            number for t in tensors for number in (id(t), t.data_ptr(), 0 if t.is_inference() else t._version)
+        )
+        if versions != self._versions:
+            config = getattr(model, "config", None)
+            attention = getattr(config, "_attn_implementation", "")
+            facts = (type(model).__name__, str(config), attention, versions, [_sum(t) for t in tensors])
+            self._versions = versions
+            self._identity = hashlib.blake2b(repr(facts).encode(), digest_size=16).digest()
+        return hashlib.blake2b(self._identity + count.to_bytes(4), digest_size=16).digest()
+
+    def _make(
+        self, parts: Sequence[Part], keys: Sequence[tuple[list[bytes], bytes]], count: int
+    ) -> dict[bytes, Tensor]:
+        """Run the bare model on some rows, and keep what lies outside their cones."""
+        cache, hidden = self._pass(parts, count)
+        made: dict[bytes, Tensor] = {}
+        for row, (part, (before, inside)) in enumerate(zip(parts, keys, strict=True)):
+            if cache is not None:
+                for number, key in enumerate(before):
+                    if key in made:
+                        continue
+                    begin = number * _TOGETHER
+                    end = min(begin + _TOGETHER, part.start)
+                    made[key] = torch.stack(
+                        [torch.stack([layer.keys[row, :, begin:end], layer.values[row, :, begin:end]])
+                         for layer in cache.layers[count:]]
+                    )
+            if hidden is not None:
+                made[inside] = hidden[row, part.start : part.stop].clone()
+        for key, value in made.items():
+            self._store.put(key, value)
+        return made
+
+    @torch.no_grad()
+    def _pass(self, parts: Sequence[Part], count: int) -> tuple[Any, Tensor | None]:
+        """One pass of the bare model: its cache, and what leaves block `count - 1`."""
+        from transformers import DynamicCache
+
+        reft, model = self._reft, self._reft.model
+        width, device = max(part.stop for part in parts), reft.device
+        ids, mask = (torch.zeros(len(parts), width, dtype=torch.long) for _ in range(2))
+        for row, part in enumerate(parts):
+            ids[row, : part.stop] = torch.tensor(part.ids[: part.stop])
+            mask[row, : part.stop] = 1
+        inputs: dict[str, Any] = {
+            "input_ids": ids.to(device),
+            "attention_mask": mask.to(device),
+            "position_ids": (mask.cumsum(1) - 1).clamp(min=0).to(device),
+        }
+        inputs = {name: value for name, value in inputs.items() if name in reft._calls._takes}
+        needs_past = count < len(self._stack) and any(part.start for part in parts)
+        cache = DynamicCache() if needs_past else None
+        inputs |= {"past_key_values": cache, "use_cache": True} if needs_past else {"use_cache": False}
+        last = len(self._stack) - 1 if needs_past else count - 1
+        hidden: list[Tensor] = []
+        extras: list[int] = []
+
+        def see(number: int) -> Any:
+            def act(module: Any, args: Any, output: Any) -> None:
+                extras.append(extras_of(output))
+                if number == count - 1:
+                    hidden.append(output[0] if isinstance(output, tuple) else output)
+                if number == last:
+                    raise StopForward
+
+            return act
+
+        with turn_of(model), OwnedHooks(model) as hooks:
+            for number, block in enumerate(self._stack.blocks[: last + 1]):
+                hooks.on_output(block, see(number))
+            try:
+                model(**inputs)
+            except StopForward:
+                pass
+        if len(extras) > len(self.extras):
+            self.extras = extras
+        return cache, hidden[0] if hidden else None
+
+
+def _sum(tensor: Tensor) -> int:
+    """The sum of a tensor's bits, which shows changes that torch does not count, made through `.data`."""
+    widths = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+    values = tensor.detach().contiguous()
+    return int(values.view(widths[values.element_size()]).sum()) if values.dim() else hash(values.item())
+
+
+def _keys(root: bytes, part: Part) -> tuple[list[bytes], bytes]:
+    """The names of a row's entries: of each group of tokens before the cone, and of those in it."""
+    chain, before = root, []
+    for begin in range(0, part.start, _TOGETHER):
+        group = array("q", part.ids[begin : min(begin + _TOGETHER, part.start)])
+        chain = hashlib.blake2b(chain + group.tobytes(), digest_size=16).digest()
+        before.append(chain)
+    inside = hashlib.blake2b(chain + b"in" + array("q", part.suffix).tobytes(), digest_size=16).digest()
+    return before, inside
+
+
+def _past(
+    parts: Sequence[Part], keys: Sequence[list[bytes]], found: dict[bytes, Tensor], device: torch.device
+) -> Tensor | None:
+    width = max(part.start for part in parts)
+    if not width:
+        return None
+    one = next(found[before[0]] for before in keys if before)
+    blocks, two, heads, _, size = one.shape
+    past = torch.zeros(blocks, two, len(parts), heads, width, size, dtype=one.dtype, device=device)
+    for row, (part, before) in enumerate(zip(parts, keys, strict=True)):
+        for number, key in enumerate(before):
+            value, begin = found[key], width - part.start + number * _TOGETHER
+            past[:, :, row, :, begin : begin + value.shape[3]] = value.to(device, non_blocking=True)
+    return past
+
+
+def _hidden(
+    parts: Sequence[Part], keys: Sequence[bytes], found: dict[bytes, Tensor], device: torch.device
+) -> Tensor:
+    width = max(len(part.suffix) for part in parts)
+    one = found[keys[0]]
+    hidden = torch.zeros(len(parts), width, one.shape[-1], dtype=one.dtype, device=device)
+    for row, key in enumerate(keys):
+        hidden[row, : found[key].shape[0]] = found[key].to(device, non_blocking=True)
+    return hidden

@@ -1,0 +1,282 @@
+"""Running a bound model on the cone of its edits, with what lies outside it kept from earlier passes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reftlab.address.alias import inner_model
+from reftlab.graph import BASE
+from reftlab.runtime.build import forget_pass
+from reftlab.runtime.cone.outside import Outside, Part
+from reftlab.runtime.cone.stack import BlockStack, cache_of, reasons_against, skipping, zeros
+from reftlab.runtime.cone.store import ConeStore
+from reftlab.runtime.cone.value import Cone, cone_of
+from reftlab.runtime.hooks import turn_of
+from reftlab.runtime.modes import evaluating
+from reftlab.runtime.options import Options
+from reftlab.runtime.window import IGNORED_LABEL, Layout
+
+if TYPE_CHECKING:
+    from reftlab.runtime.model import BoundModel
+
+__all__ = ["ConeRunner", "Predictions"]
+
+_WORTH_IT = 0.9
+"""A cone of a larger share than this of all cells is run plainly."""
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+_COARSE = 0.05
+"""Largest difference of logits from the plain run's, as a share of their range."""
+_OF_EDITS = ("tasks", "positions", "scale", "subspace", "select")
+
+
+class Predictions(NamedTuple):
+    """The logits that labels are compared with.
+
+    Attributes:
+        logits: `(n, vocab)`, row after row.
+        labels: `(n,)`, the token wanted in place of each.
+        rows: `(n,)`, the row of the batch that each belongs to.
+    """
+
+    logits: Float[Tensor, "n vocab"]
+    labels: Int[Tensor, " n"]
+    rows: Int[Tensor, " n"]
+
+
+class ConeRunner:
+    """Runs batches of a bound model whose own parameters stand still, on the cone of its edits.
+
+    The first time that an example comes by, the bare model runs on it once and what lies outside
+    the cone is put into a store: keys and values of the tokens before the cone, and what enters the
+    first block that must run. From then on only the cone runs. The numbers are those of a plain run up
+    to the order of additions; the first batch is run both ways, and if they differ, everything is run
+    plainly and `why` says so.
+
+    Args:
+        reft: the bound model.
+        store: where values are kept; a new one of the usual budgets unless given. Entries are found
+            by the tokens and by the weights' fingerprint, so a store may serve several models.
+
+    Attributes:
+        why: why everything runs plainly; empty while nothing speaks against the cone.
+    """
+
+    def __init__(self, reft: BoundModel, store: ConeStore | None = None) -> None:
+        self.reft = reft
+        self.store = ConeStore() if store is None else store
+        self._stack = BlockStack.of(reft.model)
+        self._outside = None if self._stack is None else Outside(reft, self._stack, self.store)
+        self._reasons: dict[bool, tuple[str, ...]] = {}
+        self._different: tuple[str, ...] = ()
+        self._checked: set[tuple[int, bool]] = set()
+
+    @property
+    def why(self) -> tuple[str, ...]:
+        training = self.reft.model.training
+        if training not in self._reasons:
+            self._reasons[training] = (*reasons_against(self.reft.model), *_of_the_loss(self.reft.model))
+        return self._different or self._reasons[training]
+
+    def cone(self, batch: Mapping[str, Any]) -> Cone:
+        """The cone of a batch, whose `why` says where everything must run."""
+        return cone_of(self.reft, batch, reasons=self.why)
+
+    def predictions(self, batch: Mapping[str, Any]) -> Predictions | None:
+        """The logits at the labels of a batch, with gradients where these are on.
+
+        Args:
+            batch: as `Collator` makes it: `input_ids`, `attention_mask`, `position_ids` and `labels`,
+                each `(row, token)`, and what it says of the edits.
+
+        Returns:
+            None where everything must run, so that the caller runs it plainly.
+        """
+        cone = self.cone(batch)
+        if cone.why or cone.share > _WORTH_IT or not any(cone.targets):
+            return None
+        check = cone.first_block, any(cone.starts)
+        if check not in self._checked:
+            self._checked.add(check)
+            self._compare(batch, cone)
+            if self.why:
+                return None
+        return self._run(batch, cone)
+
+    def loss(self, batch: Mapping[str, Any], items: Any = None) -> Float[Tensor, ""] | None:
+        """The model's own loss of a batch, or None where everything must run.
+
+        Args:
+            batch: as for `predictions`.
+            items: by how many labels to divide the sum, where that is not the batch's own number.
+        """
+        found = self.predictions(batch)
+        if found is None:
+            return None
+        _, inner = inner_model(self.reft.model) or ("", self.reft.model)
+        loss: Any = inner.loss_function
+        further = {} if items is None else {"num_items_in_batch": items}
+        value: Tensor = loss(
+            logits=found.logits[None],
+            labels=None,
+            vocab_size=found.logits.shape[-1],
+            shift_labels=found.labels[None],
+            **further,
+        )
+        return value
+
+    def _run(self, batch: Mapping[str, Any], cone: Cone) -> Predictions:
+        assert self._stack is not None
+        assert self._outside is not None
+        model, reft, count = self.reft.model, self.reft, cone.first_block
+        device = batch["input_ids"].device
+        parts = _parts(batch, cone)
+        past, hidden = self._outside.gather(parts, count, device)
+        before = 0 if past is None else past.shape[-2]
+        width = max(len(part.suffix) for part in parts)
+        arranged = _arranged(parts, before, width, device)
+        mask, answered, ids = arranged["mask"], arranged["answered"], arranged["ids"]
+        inputs: dict[str, Any] = {
+            "input_ids": ids[:, before:],
+            "attention_mask": mask,
+            "position_ids": arranged["numbers"][:, before:],
+        }
+        inputs = {name: value for name, value in inputs.items() if name in reft._calls._takes}
+        if past is not None:
+            like = past[0, 0]
+            placeholder = zeros(like.shape[0], like.shape[1], before, like.shape[3], like)
+            layers = [(placeholder, placeholder)] * count + [(kv[0], kv[1]) for kv in past]
+            inputs |= {"past_key_values": cache_of(layers), "use_cache": True}
+        else:
+            inputs["use_cache"] = False
+        options = Options.of(reft.graph, **{name: batch[name] for name in _OF_EDITS if name in batch})
+        rows, columns = _places(cone, parts)
+        layout = Layout._of_masks(mask.bool().cpu(), answered.cpu(), ids, False)
+        for intervention in reft.interventions.values():
+            forget_pass(intervention)
+        run = reft._run(BASE, {"tokens": layout}, {}, options)
+        extras = self._outside.extras[:count]
+        gathers = all(bound.site.module != self._stack.head for bound in run.edits)
+        with turn_of(model), contextlib.ExitStack() as stack:
+            if count:
+                stack.enter_context(skipping(self._stack, count, hidden, extras))
+            if gathers:
+                stack.enter_context(_only(model.get_submodule(self._stack.head), rows, columns))
+            output = reft._call(run, model, (), inputs)
+        run.check_touched(True, False)
+        logits = output.logits[0] if gathers else output.logits[rows.to(device), columns.to(device)]
+        labels = torch.cat(
+            [batch["input_ids"].new_tensor([part.ids[t + 1] for t in targets]) for part, targets in
+             zip(parts, cone.targets, strict=True)]
+        )
+        return Predictions(logits, labels.to(logits.device), rows)
+
+    def _compare(self, batch: Mapping[str, Any], cone: Cone) -> None:
+        """Run a part of a batch both ways, and note in `why` if the two differ."""
+        reft, order = self.reft, sorted(range(cone.rows), key=lambda row: cone.lengths[row])
+        rows = sorted({order[0], order[-1]})
+        part = {name: _rows_of(value, rows, cone.rows) for name, value in batch.items()}
+        devices = [reft.device] if reft.device.type == "cuda" else []
+        with torch.no_grad(), evaluating(reft), torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            plain = reft(**{name: value for name, value in part.items() if name != "labels"} | {"labels": part["labels"]}).logits
+            small = cone_of(reft, part, reasons=())
+            torch.manual_seed(0)
+            try:
+                quick = self._run(part, small)
+            except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+                self._different = (f"{type(reft.model).__name__} cannot be entered in the middle: {error}",)
+                return
+        columns = [(batch_row, part_columns) for batch_row, part_columns in enumerate(_columns(part, small))]
+        wanted = torch.cat([plain[row, there] for row, there in columns]).float()
+        difference = float((wanted - quick.logits.float()).abs().max())
+        scale = float(wanted.max() - wanted.min())
+        allowed = _TOLERANCE.get(plain.dtype, _COARSE)
+        if not difference <= allowed * scale:
+            self._different = (
+                f"{type(reft.model).__name__} gives other logits when it is entered in the middle: they "
+                f"differ by {difference:.2g}, and {allowed * scale:.2g} is rounding",
+            )
+
+
+def _of_the_loss(model: Any) -> Iterator[str]:
+    _, inner = inner_model(model) or ("", model)
+    kind = getattr(inner, "loss_type", None)
+    if kind not in (None, "ForCausalLM"):
+        yield f"{type(inner).__name__} has a loss of its own, {kind}"
+    if getattr(getattr(inner, "config", None), "output_router_logits", False):
+        yield "the loss counts the routers' logits of all tokens (output_router_logits)"
+
+
+def _parts(batch: Mapping[str, Any], cone: Cone) -> list[Part]:
+    ids, mask = batch["input_ids"].cpu(), batch.get("attention_mask")
+    labels = batch["labels"].cpu()
+    real = torch.ones_like(ids).bool() if mask is None else mask.cpu() != 0
+    parts = []
+    for row in range(cone.rows):
+        own = ids[row][real[row]].tolist()
+        answered = (labels[row][real[row]] != IGNORED_LABEL).long().cummax(0).values.bool().tolist()
+        parts.append(Part(tuple(own), tuple(answered), cone.starts[row], cone.stops[row]))
+    return parts
+
+
+def _arranged(parts: Sequence[Part], before: int, width: int, device: torch.device) -> dict[str, Tensor]:
+    """Each row's tokens before the cone, up to column `before`, and those in it, from there on."""
+    shape = len(parts), before + width
+    found = {
+        "ids": torch.zeros(shape, dtype=torch.long),
+        "mask": torch.zeros(shape, dtype=torch.long),
+        "numbers": torch.zeros(shape, dtype=torch.long),
+        "answered": torch.zeros(shape, dtype=torch.bool),
+    }
+    for row, part in enumerate(parts):
+        here = slice(before - part.start, before + len(part.suffix))
+        found["ids"][row, here] = torch.tensor(part.ids[: part.stop])
+        found["answered"][row, here] = torch.tensor(part.answered[: part.stop])
+        found["mask"][row, here] = 1
+        found["numbers"][row, here] = torch.arange(part.stop)
+    return {name: value.to(device) for name, value in found.items()}
+
+
+def _places(cone: Cone, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+    """Row and column, in what runs, of each wanted logit."""
+    rows = [torch.full((len(targets),), row) for row, targets in enumerate(cone.targets)]
+    columns = [torch.tensor(targets, dtype=torch.long) - part.start for part, targets in zip(parts, cone.targets, strict=True)]
+    return torch.cat(rows), torch.cat(columns)
+
+
+def _columns(batch: Mapping[str, Any], cone: Cone) -> list[Tensor]:
+    """Columns of the whole batch, row by row, of the wanted logits."""
+    mask = batch.get("attention_mask")
+    real = torch.ones_like(batch["input_ids"]).bool() if mask is None else mask != 0
+    return [row.nonzero()[:, 0].cpu()[list(targets)] for row, targets in zip(real, cone.targets, strict=True)]
+
+
+def _rows_of(value: Any, rows: Sequence[int], count: int) -> Any:
+    """Some rows of what a batch gives, row by row or for all rows."""
+    if isinstance(value, Tensor):
+        return value[list(rows)] if value.shape[0] == count else value
+    if isinstance(value, Mapping):
+        return {name: _rows_of(item, rows, count) for name, item in value.items()}
+    return [value[row] for row in rows] if isinstance(value, list | tuple) and len(value) == count else value
+
+
+@contextlib.contextmanager
+def _only(head: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """Hand a module only some tokens of what it is given, `(1, n, width)`, inside a `with` block."""
+
+    def gather(module: Any, args: Any) -> Any:
+        hidden = args[0]
+        return (hidden[rows.to(hidden.device), columns.to(hidden.device)][None], *args[1:])
+
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,203 @@
+"""The chain of blocks of a causal language model: what can be skipped in it, and how that is done."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from reftlab.address import head_name, parse_path, resolve
+from reftlab.address.alias import family_of, inner_model
+from reftlab.runtime.calls import continues_texts
+from reftlab.runtime.wrapped import entrances, is_dispatched
+
+__all__ = ["BlockStack", "cache_of", "extras_of", "reasons_against", "skipping", "zeros"]
+
+
+@dataclass(frozen=True)
+class BlockStack:
+    """The blocks of a model, in the order in which they run.
+
+    Attributes:
+        paths: the blocks' names, as `model.named_modules()` spells them.
+        blocks: the blocks.
+        head: name of the module that makes the logits.
+        before: names of the modules before the first block whose outputs are the blocks' input.
+        after: names of the modules after the last block, the final norm and the head.
+    """
+
+    paths: tuple[str, ...]
+    blocks: tuple[nn.Module, ...]
+    head: str
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> BlockStack | None:
+        """The stack of a model, or None where its chain of blocks is not known."""
+        head, paths = head_name(model), _paths(model)
+        if head is None or not paths:
+            return None
+        family = family_of(model)
+        stack = None if family is None else family.stacks.get("")
+        before, after = _sites(model, "embed.output"), (head,)
+        if stack is not None and stack.final_norm is not None:
+            after = (*_sites(model, "final_norm.output"), head)
+        return cls(paths, tuple(model.get_submodule(path) for path in paths), head, before, after)
+
+    def block_of(self, module: str) -> int | None:
+        """Which block a module is, or is inside of; None where it is in none."""
+        for number, path in enumerate(self.paths):
+            if module == path or module.startswith(f"{path}."):
+                return number
+        return None
+
+
+def _sites(model: nn.Module, path: str) -> tuple[str, ...]:
+    if family_of(model) is None:
+        return ()
+    return tuple(site.module for site in resolve(parse_path(path), model) if site.side == "output")
+
+
+def _paths(model: nn.Module) -> tuple[str, ...]:
+    """The names of the blocks: by the family's table, or the one list of as many modules as there are layers."""
+    family = family_of(model)
+    if family is not None:
+        if "" not in family.stacks:
+            return ()
+        return tuple(site.module for site in resolve(parse_path("blocks[*].output"), model))
+    found = inner_model(model)
+    config: Any = getattr(model if found is None else found[1], "config", None)
+    count = getattr(config, "num_hidden_layers", None)
+    lists = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    return tuple(f"{lists[0]}.{number}" for number in range(count)) if len(lists) == 1 and count else ()
+
+
+def reasons_against(model: nn.Module, *, training: bool | None = None) -> tuple[str, ...]:
+    """Why no part of a model's passes may be skipped, whatever the edits; empty where some may.
+
+    Args:
+        model: the bare model.
+        training: whether dropout counts as active where a module is in training mode; the modules' own
+            modes tell unless given.
+    """
+    found = inner_model(model)
+    inner: Any = model if found is None else found[1]
+    reasons = []
+    if not continues_texts(entrances(model)[-1]) and not continues_texts(inner):
+        reasons.append(
+            f"{type(inner).__name__} looks at all tokens from each one (bidirectional attention), or is no "
+            "causal language model"
+        )
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        reasons.append(f"{type(inner).__name__} has an encoder, whose tokens all depend on each other")
+    if getattr(inner, "_is_stateful", False):
+        reasons.append(f"{type(inner).__name__} carries a recurrent state, which cannot be entered in the middle")
+    if BlockStack.of(model) is None and not reasons:
+        reasons.append(f"the chain of blocks of {type(inner).__name__} is not known")
+    if is_dispatched(model):
+        reasons.append("accelerate has spread the model over devices or disk")
+    if any("_orig_mod" in module._modules for module in model.modules()):
+        reasons.append("the model is compiled, and compiled code cannot be entered in the middle")
+    hooked = [name for name, module in model.named_modules() if _foreign_hooks(module)]
+    if hooked:
+        reasons.append(f"{hooked[0] or 'the model'} carries a hook of its own, which would not see every pass")
+    if getattr(inner, "is_gradient_checkpointing", False) and training is not False and inner.training:
+        reasons.append("gradient checkpointing, which runs without a cache")
+    dropout = _dropout(model, training)
+    if dropout is not None:
+        reasons.append(f"dropout in the base model ({dropout}), which makes each pass another")
+    return tuple(reasons)
+
+
+def _dropout(model: nn.Module, training: bool | None) -> str | None:
+    """The first place where dropout acts, or None."""
+    for name, module in model.named_modules():
+        if not (module.training if training is None else training):
+            continue
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            return f"{name}, p={module.p:g}"
+        for key, value in vars(module).items():
+            if "drop" in key and isinstance(value, float) and value > 0:
+                return f"{name}.{key}, p={value:g}"
+    return None
+
+
+def _foreign_hooks(module: nn.Module) -> bool:
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
+
+
+def cache_of(layers: Sequence[tuple[Float[Tensor, "row head token k"], Float[Tensor, "row head token v"]]]) -> Any:
+    """A key-value cache of given contents, for a pass that continues it.
+
+    Its layers keep everything, whatever sliding windows the model has: masks count from the first
+    token, and shut out what a window does not reach.
+
+    Args:
+        layers: keys and values of each block.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    cache = DynamicCache()
+    for keys, values in layers:
+        # Put there as they are: `update` would copy them.
+        layer: Any = DynamicLayer()
+        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
+        layer.keys, layer.values = keys, values
+        cache.layers.append(layer)
+    return cache
+
+
+@contextlib.contextmanager
+def skipping(
+    stack: BlockStack, count: int, hidden: Float[Tensor, "row token width"], extras: Sequence[int]
+) -> Iterator[None]:
+    """Leave out the first blocks inside a `with` block: each returns `hidden` in place of its output.
+
+    Hooks on the blocks themselves still act, so an edit or a read at the last skipped block's output
+    finds its vectors.
+
+    Args:
+        stack: the model's blocks.
+        count: how many of them are left out.
+        hidden: what the last of them would return, `(row, token, width)`.
+        extras: for each of them, how many values it returns behind the hidden state, or -1 where it
+            returns a tensor and no tuple.
+    """
+
+    def returning(extra: int) -> Any:
+        value = hidden if extra < 0 else (hidden, *(None,) * extra)
+        return lambda *args, **kwargs: value
+
+    left_out = stack.blocks[:count]
+    try:
+        for block, extra in zip(left_out, extras, strict=False):
+            block.__dict__["forward"] = returning(extra)
+        yield
+    finally:
+        for block in left_out:
+            block.__dict__.pop("forward", None)
+
+
+def extras_of(output: Any) -> int:
+    """How many values a block returns behind the hidden state; -1 where it returns a tensor."""
+    return len(output) - 1 if isinstance(output, tuple) else -1
+
+
+def zeros(rows: int, heads: int, tokens: int, width: int, like: Tensor) -> Tensor:
+    """Keys of a block that is left out: they say how many tokens there are, and take no memory."""
+    return torch.zeros(1, 1, 1, 1, dtype=like.dtype, device=like.device).expand(rows, heads, tokens, width)

@@ -1,5 +1,6 @@
 """Figures from plain numbers: matplotlib only, no global state."""
 
+from reftlab.plotting.cone import cone_figure
 from reftlab.plotting.figures import (
     axes_figure,
     directions_figure,
@@ -16,6 +17,7 @@ from reftlab.plotting.style import drawable, message_figure
 
 __all__ = [
     "axes_figure",
+    "cone_figure",
     "directions_figure",
     "drawable",
     "edit_figure",

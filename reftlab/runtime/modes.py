@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
-__all__ = ["evaluating", "modes_kept"]
+__all__ = ["evaluating", "modes_kept", "saves_activations"]
 
 
 @contextlib.contextmanager
@@ -27,3 +28,9 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     with modes_kept(module):
         module.eval()
         yield
+
+
+def saves_activations(model: Any) -> bool:
+    """Whether gradient checkpointing is on, by its name in newer and older versions of transformers."""
+    newer = getattr(model, "is_activation_checkpointing", None)
+    return bool(getattr(model, "is_gradient_checkpointing", False) if newer is None else newer)

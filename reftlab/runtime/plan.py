@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from reftlab.errors import RunError
 from reftlab.graph import BASE
 from reftlab.runtime.build import gate_keys
+from reftlab.runtime.cone.plan import ConePlan, cone_plan
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
     from reftlab.runtime.model import BoundModel
     from reftlab.runtime.places import BoundEdit, BoundRead
@@ -52,12 +56,14 @@ class Plan:
         runs: the runs in order; `base` is last.
         steps: the steps.
         base_parameters: number of numbers in the bare model.
+        cone: what of a batch must be computed, where the plan is that of a batch.
     """
 
     model: str
     runs: tuple[str, ...]
     steps: tuple[PlanStep, ...]
     base_parameters: int
+    cone: ConePlan | None = None
 
     @property
     def parameters(self) -> int:
@@ -80,9 +86,21 @@ class Plan:
             steps = [step for step in self.steps if step.run == run]
             lines += [f"  {number}. {_sentence(step)}" for number, step in enumerate(steps, 1)]
             lines += [] if steps else ["  as the bare model"]
+        if self.cone is not None:
+            lines.append(str(self.cone))
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def plot(self, row: int = 0) -> Figure:
+        """What of a batch's row is computed, cached and skipped, blocks × tokens.
+
+        Raises:
+            RunError: the plan was made without a batch.
+        """
+        if self.cone is None:
+            raise RunError("this plan is of no batch; give one, as in reft.plan(batch).plot()")
+        return self.cone.plot(row)
 
     def _repr_html_(self) -> str:
         head = html.escape(str(self).splitlines()[0])
@@ -97,11 +115,12 @@ class Plan:
             + "</tr>"
             for step in self.steps
         )
-        return f"<div><p>{head}</p><table><tr>{titles}</tr>{body}</table></div>"
+        cone = "" if self.cone is None else self.cone._repr_html_()
+        return f"<div><p>{head}</p><table><tr>{titles}</tr>{body}</table>{cone}</div>"
 
 
-def plan_of(bound: BoundModel) -> Plan:
-    """Work out the plan of a bound model."""
+def plan_of(bound: BoundModel, batch: Mapping[str, Any] | None = None) -> Plan:
+    """Work out the plan of a bound model, and of a batch of inputs where one is given."""
     counted: set[int] = set()
     steps = [(edit.edit.run, edit.order, 1, _edit_step(bound, edit, counted)) for edit in bound.edits]
     fed = [read for edit in bound.edits for read in edit.reads]
@@ -114,6 +133,7 @@ def plan_of(bound: BoundModel) -> Plan:
         runs,
         tuple(step[3] for step in steps),
         sum(parameter.numel() for parameter in bound.model.parameters()),
+        None if batch is None else cone_plan(bound, batch),
     )
 
 

@@ -4,7 +4,7 @@ from reftlab.training.collate import Collator
 from reftlab.training.data import Encoded, Example, as_examples, encode, format_prompt
 from reftlab.training.evaluation import Evaluation, Outcome, evaluate
 from reftlab.training.files import read_examples
-from reftlab.training.loss import answer_loss
+from reftlab.training.loss import answer_loss, training_batch
 from reftlab.training.replies import reply
 from reftlab.training.result import TrainResult, TrainStep
 from reftlab.training.trainer import train
@@ -25,4 +25,5 @@ __all__ = [
     "read_examples",
     "reply",
     "train",
+    "training_batch",
 ]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from reftlab.errors import DataError
 from reftlab.runtime.modes import evaluating
@@ -20,7 +21,10 @@ from reftlab.training.settings import whole
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["answer_loss", "summed_loss"]
+    from reftlab.runtime import BoundModel
+    from reftlab.runtime.cone import ConeRunner
+
+__all__ = ["answer_loss", "summed_loss", "training_batch"]
 
 
 def answer_loss(
@@ -57,13 +61,32 @@ def answer_loss(
     return mean_loss(model, encoded, Collator.of(tokenizer, side), batch_size)
 
 
-def mean_loss(model: Any, encoded: Sequence[Encoded], collate: Collator, batch_size: int) -> float:
-    """The answer loss of encoded examples, in eval mode and without gradients."""
+def mean_loss(
+    model: Any,
+    encoded: Sequence[Encoded],
+    collate: Collator,
+    batch_size: int,
+    runner: ConeRunner | None = None,
+) -> float:
+    """The answer loss of encoded examples, in eval mode and without gradients.
+
+    Args:
+        model: a bound model, or a causal language model.
+        encoded: the examples.
+        collate: makes batches of them.
+        batch_size: rows in one forward pass.
+        runner: runs the bound model on the cone of its edits, where there is one.
+    """
     total, count = 0.0, 0
     with evaluating(model), torch.no_grad():
         for start in range(0, len(encoded), batch_size):
             batch = moved(collate(encoded[start : start + batch_size]), model)
-            losses, tokens = summed_loss(model(**batch).logits, batch["labels"])
+            found = None if runner is None else runner.predictions(batch)
+            if found is None:
+                losses, tokens = summed_loss(model(**batch).logits, batch["labels"])
+            else:
+                losses = cross_entropy(found.logits.float(), found.labels, reduction="sum")
+                tokens = len(found.labels)
             total, count = total + float(losses), count + tokens
     return total / count
 
@@ -82,7 +105,7 @@ def summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
     """
     wanted = labels[:, 1:].to(logits.device)
     kept = wanted != IGNORED_LABEL
-    losses = torch.nn.functional.cross_entropy(logits[:, :-1][kept].float(), wanted[kept], reduction="sum")
+    losses = cross_entropy(logits[:, :-1][kept].float(), wanted[kept], reduction="sum")
     return losses, int(kept.sum())
 
 
@@ -99,3 +122,33 @@ def with_answers(examples: Any) -> list[Any]:
                 f"example {number}, {example.prompt!r}, has no answer; a loss needs (prompt, answer) pairs"
             )
     return read
+
+
+def training_batch(
+    reft: BoundModel,
+    examples: Any,
+    *,
+    chat: bool | None = None,
+    system: str | None = None,
+    side: Literal["left", "right"] = "right",
+) -> dict[str, Any]:
+    """Examples as the one batch that a training would make of them, to look at its plan or to run it.
+
+    Args:
+        reft: a bound model with a tokenizer.
+        examples: (prompt, answer) pairs, see `reftlab.training.as_examples`.
+        chat, system, side: as for `train`.
+
+    Returns:
+        `input_ids`, `attention_mask`, `position_ids` and `labels`, each `(row, token)`, and what the
+        examples say of the edits.
+
+    Raises:
+        DataError: no tokenizer, or an example without an answer.
+
+    >>> reft.plan(rl.training_batch(reft, pairs)).plot()  # doctest: +SKIP
+    """
+    if reft.tokenizer is None:
+        raise DataError("training_batch needs a tokenizer: graph.bind(model, tokenizer)")
+    rows = encode(reft.tokenizer, with_answers(examples), **prompt_form(reft, reft.tokenizer, chat, system))
+    return moved(Collator.of(reft.tokenizer, side)(rows), reft)

@@ -46,12 +46,16 @@ class TrainResult:
         steps: optimiser steps in all.
         seconds: wall-clock time of this call; a resumed training counts from its resumption.
         resumed_from: step at which an earlier, interrupted training was taken up, or None.
+        on_cone: batches of this call for which only the causal cone of the edits ran.
+        why_plain: why everything had to run for the others; see `reft.plan`.
     """
 
     history: tuple[TrainStep, ...]
     steps: int
     seconds: float
     resumed_from: int | None = None
+    on_cone: int = 0
+    why_plain: tuple[str, ...] = ()
 
     @property
     def loss(self) -> float | None:
@@ -92,6 +96,8 @@ class TrainResult:
             parts.append(f"evaluation loss {self.evaluation_loss:.4g}")
         if self.resumed_from is not None:
             parts.append(f"resumed at step {self.resumed_from}")
+        if self.on_cone:
+            parts.append("on the cone")
         return f"TrainResult({', '.join(parts)})"
 
     def _repr_html_(self) -> str:

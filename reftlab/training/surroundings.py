@@ -14,7 +14,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from reftlab.runtime import BoundModel
-from reftlab.runtime.modes import modes_kept
+from reftlab.runtime.modes import modes_kept, saves_activations
 
 __all__ = ["learning", "own_randomness", "quiet", "temporary_folder"]
 
@@ -29,7 +29,7 @@ def learning(reft: BoundModel, train_model: bool = False) -> Iterator[None]:
     """
     config: Any = getattr(reft.model, "config", None)
     caches = getattr(config, "use_cache", None)
-    saving = _saves_activations(reft.model)
+    saving = saves_activations(reft.model)
     wanted = {parameter: parameter.requires_grad for parameter in reft.model.parameters()}
     try:
         for parameter in () if train_model else wanted:
@@ -41,19 +41,13 @@ def learning(reft: BoundModel, train_model: bool = False) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
         if caches is not None:
             config.use_cache = caches
-        if not saving and _saves_activations(reft.model):
+        if not saving and saves_activations(reft.model):
             newer = getattr(reft.model, "activation_checkpointing_disable", None)
             (newer or reft.model.gradient_checkpointing_disable)()
             if hasattr(reft.model, "disable_input_require_grads"):
                 reft.model.disable_input_require_grads()
         for parameter in reft.parameters() if train_model else reft.interventions.parameters():
             parameter.grad = None
-
-
-def _saves_activations(model: Any) -> bool:
-    """Whether gradient checkpointing is on, by its name in newer and older versions of transformers."""
-    newer = getattr(model, "is_activation_checkpointing", None)
-    return bool(getattr(model, "is_gradient_checkpointing", False) if newer is None else newer)
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ def test_the_loss_is_that_of_plain_cross_entropy(family, positions, byte_tokeniz
         torch.testing.assert_close(loss(), plain_loss(reft), atol=1e-4, rtol=1e-4)
 
 
-def test_columns_before_the_first_edit_are_run_once(small_llama, byte_tokenizer):
+def test_tokens_before_the_first_edit_and_the_last_answer_are_not_run_again(small_llama, byte_tokenizer):
     loss = measure(bound(small_llama, byte_tokenizer, loreft()))
     loss()
     widths = []
@@ -66,7 +66,8 @@ def test_columns_before_the_first_edit_are_run_once(small_llama, byte_tokenizer)
     answers = [
         sum(label != -100 for label in one.labels) for one in encode(byte_tokenizer, as_examples(PAIRS))
     ]
-    assert widths == [1 + max(answers)]
+    # The last token of the prompt and those of the answer, of which the last predicts nothing.
+    assert widths == [max(answers)]
 
 
 def test_answers_that_edits_of_generated_tokens_change_are_measured_too(small_llama, byte_tokenizer):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,7 +68,7 @@ class Outside:
 
     def gather(
         self, parts: Sequence[Part], count: int, device: torch.device
-    ) -> tuple[Float[Tensor, "block two row head token k"] | None, Float[Tensor, "row token width"]]:
+    ) -> tuple[Float[Tensor, "block two row head before k"] | None, Float[Tensor, "row inside width"]]:
         """The values of a batch, for a cone whose first block is `count`.
 
         Returns:
@@ -75,13 +76,32 @@ class Outside:
             left, or None where there are none; and what leaves block `count - 1` at the cone's tokens,
             padded on the right (of width 0 where the cone begins with the first block).
         """
+        keys, found = self._found(parts, count)
+        if len(self.extras) < count:
+            # A store that another bound model has filled: what blocks return is not known yet.
+            self._pass([replace(parts[0], start=0, stop=1)], count)
+        past = None
+        if count < len(self._stack):
+            past = _past(parts, [before for before, _ in keys], found, device)
+        if not count:
+            return past, torch.empty(len(parts), 0, 0, device=device)
+        return past, _hidden(parts, [inside for _, inside in keys], found, device)
+
+    def fill(self, parts: Sequence[Part], count: int) -> bool:
+        """Make and keep what a batch needs; whether there was room for all of it."""
+        _, found = self._found(parts, count)
+        return all(key in self._store for key in found)
+
+    def _found(
+        self, parts: Sequence[Part], count: int
+    ) -> tuple[list[tuple[list[bytes], bytes]], dict[bytes, Tensor]]:
+        """The names of each row's entries, and the entries."""
         root = self._root(count)
         keys = [_keys(root, part) for part in parts]
-        needs_past = count < len(self._stack)
         found: dict[bytes, Tensor] = {}
         missing = []
         for row, (before, inside) in enumerate(keys):
-            wanted = [*(before if needs_past else ()), *((inside,) if count else ())]
+            wanted = [*(before if count < len(self._stack) else ()), *((inside,) if count else ())]
             for key in wanted:
                 value = found.get(key)
                 value = self._store.get(key) if value is None else value
@@ -90,12 +110,9 @@ class Outside:
                     break
                 found[key] = value
         if missing:
-            found |= self._make([parts[row] for row in missing], [keys[row] for row in missing], count)
-        past = _past(parts, [before for before, _ in keys], found, device) if needs_past else None
-        hidden = _hidden(parts, [inside for _, inside in keys], found, device) if count else torch.empty(
-            len(parts), 0, 0, device=device
-        )
-        return past, hidden
+            made = self._make([parts[row] for row in missing], [keys[row] for row in missing], count)
+            found = {**made, **found}
+        return keys, found
 
     def _root(self, count: int) -> bytes:
         """What entries of this model, as it is now, begin with."""
@@ -126,8 +143,10 @@ class Outside:
                     begin = number * _TOGETHER
                     end = min(begin + _TOGETHER, part.start)
                     made[key] = torch.stack(
-                        [torch.stack([layer.keys[row, :, begin:end], layer.values[row, :, begin:end]])
-                         for layer in cache.layers[count:]]
+                        [
+                            torch.stack([layer.keys[row, :, begin:end], layer.values[row, :, begin:end]])
+                            for layer in cache.layers[count:]
+                        ]
                     )
             if hidden is not None:
                 made[inside] = hidden[row, part.start : part.stop].clone()
@@ -172,10 +191,8 @@ class Outside:
         with turn_of(model), OwnedHooks(model) as hooks:
             for number, block in enumerate(self._stack.blocks[: last + 1]):
                 hooks.on_output(block, see(number))
-            try:
+            with contextlib.suppress(StopForward):
                 model(**inputs)
-            except StopForward:
-                pass
         if len(extras) > len(self.extras):
             self.extras = extras
         return cache, hidden[0] if hidden else None

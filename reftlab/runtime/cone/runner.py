@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -76,6 +76,12 @@ class ConeRunner:
         self._reasons: dict[bool, tuple[str, ...]] = {}
         self._different: tuple[str, ...] = ()
         self._checked: set[tuple[int, bool]] = set()
+        self._plain: dict[str, None] = {}
+
+    @property
+    def why_plain(self) -> tuple[str, ...]:
+        """Why batches so far were left to be run plainly; empty where none was."""
+        return tuple(self._plain)
 
     @property
     def why(self) -> tuple[str, ...]:
@@ -88,26 +94,45 @@ class ConeRunner:
         """The cone of a batch, whose `why` says where everything must run."""
         return cone_of(self.reft, batch, reasons=self.why)
 
-    def predictions(self, batch: Mapping[str, Any]) -> Predictions | None:
+    def predictions(self, batch: Mapping[str, Any], cone: Cone | None = None) -> Predictions | None:
         """The logits at the labels of a batch, with gradients where these are on.
 
         Args:
             batch: as `Collator` makes it: `input_ids`, `attention_mask`, `position_ids` and `labels`,
                 each `(row, token)`, and what it says of the edits.
+            cone: the batch's cone where it is known, or a larger one.
 
         Returns:
             None where everything must run, so that the caller runs it plainly.
         """
-        cone = self.cone(batch)
-        if cone.why or cone.share > _WORTH_IT or not any(cone.targets):
-            return None
+        cone = self._usable(batch, cone)
+        return None if cone is None else self._run(batch, cone)
+
+    def fill(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Make and keep the values outside the cones of some batches, as long as there is room.
+
+        A training does so before its first step: what is kept then depends on nothing but the examples, so
+        that a training that was interrupted goes on with the very same numbers.
+        """
+        for batch in batches:
+            cone = self._usable(batch)
+            if cone is None or self._outside is None:
+                continue
+            if not self._outside.fill(_parts(batch, cone), cone.first_block):
+                return
+
+    def _usable(self, batch: Mapping[str, Any], cone: Cone | None = None) -> Cone | None:
+        """The cone of a batch, or None, and a note in `why_plain`, where everything must run."""
+        cone = self.cone(batch) if cone is None else cone
+        if cone.share > _WORTH_IT and not cone.why:
+            cone = replace(cone, why=(f"the cone is {cone.share:.0%} of everything",))
         check = cone.first_block, any(cone.starts)
-        if check not in self._checked:
+        if not cone.why and any(cone.targets) and check not in self._checked:
             self._checked.add(check)
             self._compare(batch, cone)
-            if self.why:
-                return None
-        return self._run(batch, cone)
+        why = cone.why or self.why
+        self._plain |= dict.fromkeys(why)
+        return None if why or not any(cone.targets) else cone
 
     def loss(self, batch: Mapping[str, Any], items: Any = None) -> Float[Tensor, ""] | None:
         """The model's own loss of a batch, or None where everything must run.
@@ -172,8 +197,10 @@ class ConeRunner:
         run.check_touched(True, False)
         logits = output.logits[0] if gathers else output.logits[rows.to(device), columns.to(device)]
         labels = torch.cat(
-            [batch["input_ids"].new_tensor([part.ids[t + 1] for t in targets]) for part, targets in
-             zip(parts, cone.targets, strict=True)]
+            [
+                batch["input_ids"].new_tensor([part.ids[t + 1] for t in targets])
+                for part, targets in zip(parts, cone.targets, strict=True)
+            ]
         )
         return Predictions(logits, labels.to(logits.device), rows)
 
@@ -185,7 +212,10 @@ class ConeRunner:
         devices = [reft.device] if reft.device.type == "cuda" else []
         with torch.no_grad(), evaluating(reft), torch.random.fork_rng(devices):
             torch.manual_seed(0)
-            plain = reft(**{name: value for name, value in part.items() if name != "labels"} | {"labels": part["labels"]}).logits
+            plain = reft(
+                **{name: value for name, value in part.items() if name != "labels"}
+                | {"labels": part["labels"]}
+            ).logits
             small = cone_of(reft, part, reasons=())
             torch.manual_seed(0)
             try:
@@ -247,7 +277,10 @@ def _arranged(parts: Sequence[Part], before: int, width: int, device: torch.devi
 def _places(cone: Cone, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
     """Row and column, in what runs, of each wanted logit."""
     rows = [torch.full((len(targets),), row) for row, targets in enumerate(cone.targets)]
-    columns = [torch.tensor(targets, dtype=torch.long) - part.start for part, targets in zip(parts, cone.targets, strict=True)]
+    columns = [
+        torch.tensor(targets, dtype=torch.long) - part.start
+        for part, targets in zip(parts, cone.targets, strict=True)
+    ]
     return torch.cat(rows), torch.cat(columns)
 
 

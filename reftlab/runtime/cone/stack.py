@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from reftlab.address import head_name, parse_path, resolve
 from reftlab.address.alias import family_of, inner_model
 from reftlab.runtime.calls import continues_texts
+from reftlab.runtime.modes import saves_activations
 from reftlab.runtime.wrapped import entrances, is_dispatched
 
 __all__ = ["BlockStack", "cache_of", "extras_of", "reasons_against", "skipping", "zeros"]
@@ -48,10 +49,9 @@ class BlockStack:
             return None
         family = family_of(model)
         stack = None if family is None else family.stacks.get("")
-        before, after = _sites(model, "embed.output"), (head,)
-        if stack is not None and stack.final_norm is not None:
-            after = (*_sites(model, "final_norm.output"), head)
-        return cls(paths, tuple(model.get_submodule(path) for path in paths), head, before, after)
+        before = _sites(model, "embed.output")
+        norm = () if stack is None or stack.final_norm is None else _sites(model, "final_norm.output")
+        return cls(paths, tuple(model.get_submodule(path) for path in paths), head, before, (*norm, head))
 
     def block_of(self, module: str) -> int | None:
         """Which block a module is, or is inside of; None where it is in none."""
@@ -68,7 +68,7 @@ def _sites(model: nn.Module, path: str) -> tuple[str, ...]:
 
 
 def _paths(model: nn.Module) -> tuple[str, ...]:
-    """The names of the blocks: by the family's table, or the one list of as many modules as there are layers."""
+    """The blocks' names: by the family's table, or the one list of as many modules as there are layers."""
     family = family_of(model)
     if family is not None:
         if "" not in family.stacks:
@@ -104,7 +104,9 @@ def reasons_against(model: nn.Module, *, training: bool | None = None) -> tuple[
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         reasons.append(f"{type(inner).__name__} has an encoder, whose tokens all depend on each other")
     if getattr(inner, "_is_stateful", False):
-        reasons.append(f"{type(inner).__name__} carries a recurrent state, which cannot be entered in the middle")
+        reasons.append(
+            f"{type(inner).__name__} carries a recurrent state, which cannot be entered in the middle"
+        )
     if BlockStack.of(model) is None and not reasons:
         reasons.append(f"the chain of blocks of {type(inner).__name__} is not known")
     if is_dispatched(model):
@@ -113,8 +115,10 @@ def reasons_against(model: nn.Module, *, training: bool | None = None) -> tuple[
         reasons.append("the model is compiled, and compiled code cannot be entered in the middle")
     hooked = [name for name, module in model.named_modules() if _foreign_hooks(module)]
     if hooked:
-        reasons.append(f"{hooked[0] or 'the model'} carries a hook of its own, which would not see every pass")
-    if getattr(inner, "is_gradient_checkpointing", False) and training is not False and inner.training:
+        reasons.append(
+            f"{hooked[0] or 'the model'} carries a hook of its own, which would not see every pass"
+        )
+    if saves_activations(inner) and (inner.training if training is None else training):
         reasons.append("gradient checkpointing, which runs without a cache")
     dropout = _dropout(model, training)
     if dropout is not None:
@@ -140,7 +144,9 @@ def _foreign_hooks(module: nn.Module) -> bool:
     return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
 
 
-def cache_of(layers: Sequence[tuple[Float[Tensor, "row head token k"], Float[Tensor, "row head token v"]]]) -> Any:
+def cache_of(
+    layers: Sequence[tuple[Float[Tensor, "row head token k"], Float[Tensor, "row head token v"]]],
+) -> Any:
     """A key-value cache of given contents, for a pass that continues it.
 
     Its layers keep everything, whatever sliding windows the model has: masks count from the first
@@ -185,7 +191,7 @@ def skipping(
 
     left_out = stack.blocks[:count]
     try:
-        for block, extra in zip(left_out, extras, strict=False):
+        for block, extra in zip(left_out, extras, strict=True):
             block.__dict__["forward"] = returning(extra)
         yield
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,7 +80,9 @@ class Cone:
     @property
     def share(self) -> float:
         """The share of (block, token) cells that must run; 1 where the cone is everything."""
-        ran = (self.blocks - self.first_block) * sum(b - a for a, b in zip(self.starts, self.stops, strict=True))
+        ran = (self.blocks - self.first_block) * sum(
+            b - a for a, b in zip(self.starts, self.stops, strict=True)
+        )
         return ran / max(1, self.blocks * sum(self.lengths))
 
     def __repr__(self) -> str:
@@ -94,7 +96,11 @@ class Cone:
 
 
 def cone_of(
-    bound: BoundModel, batch: Mapping[str, Any], *, train_model: bool = False, reasons: Sequence[str] | None = None
+    bound: BoundModel,
+    batch: Mapping[str, Any],
+    *,
+    train_model: bool = False,
+    reasons: Sequence[str] | None = None,
 ) -> Cone:
     """Work out the causal cone of the edits that act in a batch.
 
@@ -133,25 +139,24 @@ def cone_of(
     blocks = 0 if stack is None else len(stack)
     if why:
         return Cone(blocks, 0, (0,) * len(lengths), lengths, lengths, targets, tuple(reaches), tuple(why))
-    acting = [reach for reach in reaches if any(start is not None for start in reach.starts)]
-    first = min((reach.block for reach in acting), default=blocks)
+    # By all edits, those of other rows' tasks too, so that one example is kept for one first block.
+    first = min((reach.block for reach in reaches), default=blocks)
     starts, stops = [], []
     for row, wanted in enumerate(targets):
-        begin = [start for reach in acting if (start := reach.starts[row]) is not None]
-        end = [stop for reach in acting if (stop := reach.stops[row]) is not None]
+        begin = [start for reach in reaches if (start := reach.starts[row]) is not None]
+        end = [stop for reach in reaches if (stop := reach.stops[row]) is not None]
         starts.append(min([*begin, *wanted[:1]], default=0))
         stops.append(max([*end, *(token + 1 for token in wanted[-1:])], default=1))
     if first == 0 and not any(starts):
-        at = next(reach.name for reach in acting if reach.block == 0)
+        at = next(reach.name for reach in reaches if reach.block == 0)
         why.append(f"{at!r} acts before block 0, and the first tokens of all rows count")
-    return Cone(
-        blocks, first, tuple(starts), tuple(stops), lengths, targets, tuple(reaches), tuple(why)
-    )
+    return Cone(blocks, first, tuple(starts), tuple(stops), lengths, targets, tuple(reaches), tuple(why))
 
 
 def _nodes(bound: BoundModel, options: Options) -> Iterator[tuple[BoundEdit | BoundRead, BoundEdit]]:
-    """The edits that act, and what they read, each with the edit that it belongs to."""
-    for edit in sorted(bound._active_edits(options), key=lambda bound: bound.order):
+    """The edits that act in any batch, and what they read, each with the edit that it belongs to."""
+    whatever = replace(options, tasks=None)
+    for edit in sorted(bound._active_edits(whatever), key=lambda bound: bound.order):
         yield edit, edit
         for read in edit.reads:
             yield read, edit
@@ -182,8 +187,16 @@ def _block(stack: BlockStack, node: BoundEdit | BoundRead, why: list[str]) -> in
 
 
 def _reach(
-    node: BoundEdit | BoundRead, edit: BoundEdit, block: int, chooser: Chooser, layout: Layout, options: Options
+    node: BoundEdit | BoundRead,
+    edit: BoundEdit,
+    block: int,
+    chooser: Chooser,
+    layout: Layout,
+    options: Options,
 ) -> Reach:
+    name = node.key if isinstance(node, BoundEdit) else node.label
+    if not options.acts(edit.edit):
+        return Reach(name, block, (None,) * layout.rows, (None,) * layout.rows)
     tokens = chooser.selection(node, layout)
     acts = options.rows_of(edit.edit, torch.arange(layout.rows))
     starts: list[int | None] = []
@@ -196,7 +209,7 @@ def _reach(
         last = int(numbers.max()) + 1 if there else None
         length = len(layout.prompts[row]) + len(layout.answers[row])
         stops.append(length if there and node.phase != "prompt" else last)
-    return Reach(node.key if isinstance(node, BoundEdit) else node.label, block, tuple(starts), tuple(stops))
+    return Reach(name, block, tuple(starts), tuple(stops))
 
 
 def _targets(batch: Mapping[str, Any], layout: Layout) -> tuple[tuple[int, ...], ...]:
@@ -221,7 +234,9 @@ def _of_inputs(batch: Mapping[str, Any], layout: Layout) -> Iterator[str]:
         yield "the batch continues a cache"
     if batch.get("sources"):
         yield "the batch brings inputs of source runs"
-    if any(len(prompt) + len(answer) == 0 for prompt, answer in zip(layout.prompts, layout.answers, strict=True)):
+    if any(
+        len(prompt) + len(answer) == 0 for prompt, answer in zip(layout.prompts, layout.answers, strict=True)
+    ):
         yield "a row has no tokens"
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     columns = [torch.cat([p, a]) for p, a in zip(layout.prompts, layout.answers, strict=True)]
@@ -229,7 +244,10 @@ def _of_inputs(batch: Mapping[str, Any], layout: Layout) -> Iterator[str]:
         yield "the attention mask has gaps inside a row"
     if isinstance(positions, Tensor):
         ids = positions.cpu()
-        if any(ids.shape[0] not in (1, layout.rows) or ids[row % len(ids), c].tolist() != list(range(len(c))) for row, c in enumerate(columns)):
+        if any(
+            ids.shape[0] not in (1, layout.rows) or ids[row % len(ids), c].tolist() != list(range(len(c)))
+            for row, c in enumerate(columns)
+        ):
             yield "position_ids do not count each row's real tokens from 0"
     elif isinstance(mask, Tensor) and any(len(c) and int(c[0]) for c in columns):
         yield "rows padded on the left come without position_ids, so that padding is counted"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from transformers import TrainingArguments
 
@@ -13,7 +12,7 @@ from reftlab.runtime.cone import ConeRunner, ConeStore
 from reftlab.training.collate import Collator, moved
 from reftlab.training.data import Encoded
 
-__all__ = ["by_length", "runner_for", "visits_all"]
+__all__ = ["prepare", "runner_for", "visits_all"]
 
 
 def runner_for(
@@ -53,10 +52,17 @@ def visits_all(arguments: TrainingArguments, examples: int) -> bool:
     return arguments.max_steps >= math.ceil(examples / in_one_step)
 
 
-def by_length(
-    encoded: Sequence[Encoded], collate: Collator, reft: BoundModel, batch_size: int
-) -> Iterator[dict[str, Any]]:
-    """Batches of examples of about the same length, the longest first, on the model's device."""
+def prepare(
+    runner: ConeRunner, encoded: Sequence[Encoded], collate: Collator, batch_size: int, progress: bool
+) -> None:
+    """Compute what lies outside the cones of all examples, as long as there is room to keep it.
+
+    Batches hold examples of about the same length, the longest first, so that what is computed together
+    depends on the examples alone.
+    """
+    from tqdm.auto import tqdm
+
     order = sorted(encoded, key=lambda one: (-len(one), one.input_ids))
-    for start in range(0, len(order), batch_size):
-        yield moved(collate(order[start : start + batch_size]), reft)
+    starts = range(0, len(order), batch_size)
+    with tqdm(starts, desc="first visits", unit="batch", disable=not progress, leave=False) as bar:
+        runner.fill(moved(collate(order[start : start + batch_size]), runner.reft) for start in bar)

@@ -29,7 +29,7 @@ from reftlab.training.collate import Collator
 from reftlab.training.data import Encoded, encode
 from reftlab.training.edit_trainer import EditTrainer, Watcher
 from reftlab.training.loss import with_answers
-from reftlab.training.on_cone import by_length, runner_for, visits_all
+from reftlab.training.on_cone import prepare, runner_for, visits_all
 from reftlab.training.replies import prompt_form
 from reftlab.training.result import TrainResult, TrainStep
 from reftlab.training.settings import check, number, whole
@@ -198,7 +198,7 @@ def train(
         started = time.perf_counter()
         if runner is not None and visits_all(arguments, len(encoded)):
             reft.train()
-            runner.fill(by_length(encoded, collator, reft, batch_size))
+            prepare(runner, encoded, collator, batch_size, progress)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         seconds = time.perf_counter() - started
         learned = {**dict(reft.interventions.named_parameters()), **learning_in(reft.model)}

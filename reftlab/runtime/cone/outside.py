@@ -16,6 +16,7 @@ from torch import Tensor
 from reftlab.runtime.cone.stack import BlockStack, extras_of
 from reftlab.runtime.cone.store import ConeStore
 from reftlab.runtime.hooks import OwnedHooks, StopForward, turn_of
+from reftlab.runtime.window import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from reftlab.runtime.model import BoundModel
@@ -32,15 +33,21 @@ class Part:
 
     Attributes:
         ids: its real tokens.
-        answered: whether each belongs to the answer.
+        labels: its label, or -100.
         start: the first token in the cone.
         stop: the token after the last one.
     """
 
     ids: tuple[int, ...]
-    answered: tuple[bool, ...]
+    labels: tuple[int, ...]
     start: int
     stop: int
+
+    @property
+    def answered(self) -> tuple[bool, ...]:
+        """Whether each token belongs to the answer, which begins with the first label."""
+        first = next((n for n, label in enumerate(self.labels) if label != IGNORED_LABEL), len(self.labels))
+        return tuple(number >= first for number in range(len(self.labels)))
 
     @property
     def suffix(self) -> tuple[int, ...]:

@@ -117,7 +117,8 @@ def cone_plan(bound: BoundModel, batch: Mapping[str, Any]) -> ConePlan:
         if bound.tokenizer is None:
             tokens.append(tuple(str(number) for number in range(len(real))))
         else:
-            tokens.append(tuple(str(bound.tokenizer.decode([i])) for i in real))
+            # Letters such as emojis are spread over several tokens, which are no text of their own.
+            tokens.append(tuple(str(bound.tokenizer.decode([i])).replace("\ufffd", "·") for i in real))
     return ConePlan(cone, work_of(bound.model, cone), tuple(tokens))
 
 

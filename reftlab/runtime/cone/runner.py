@@ -21,7 +21,7 @@ from reftlab.runtime.cone.value import Cone, cone_of
 from reftlab.runtime.hooks import turn_of
 from reftlab.runtime.modes import evaluating
 from reftlab.runtime.options import Options
-from reftlab.runtime.window import IGNORED_LABEL, Layout
+from reftlab.runtime.window import Layout
 
 if TYPE_CHECKING:
     from reftlab.runtime.model import BoundModel
@@ -196,12 +196,8 @@ class ConeRunner:
             output = reft._call(run, model, (), inputs)
         run.check_touched(True, False)
         logits = output.logits[0] if gathers else output.logits[rows.to(device), columns.to(device)]
-        labels = torch.cat(
-            [
-                batch["input_ids"].new_tensor([part.ids[t + 1] for t in targets])
-                for part, targets in zip(parts, cone.targets, strict=True)
-            ]
-        )
+        pairs = zip(parts, cone.targets, strict=True)
+        labels = torch.tensor([part.labels[token + 1] for part, targets in pairs for token in targets])
         return Predictions(logits, labels.to(logits.device), rows)
 
     def _compare(self, batch: Mapping[str, Any], cone: Cone) -> None:
@@ -250,9 +246,8 @@ def _parts(batch: Mapping[str, Any], cone: Cone) -> list[Part]:
     real = torch.ones_like(ids).bool() if mask is None else mask.cpu() != 0
     parts = []
     for row in range(cone.rows):
-        own = ids[row][real[row]].tolist()
-        answered = (labels[row][real[row]] != IGNORED_LABEL).long().cummax(0).values.bool().tolist()
-        parts.append(Part(tuple(own), tuple(answered), cone.starts[row], cone.stops[row]))
+        own, wanted = ids[row][real[row]].tolist(), labels[row][real[row]].tolist()
+        parts.append(Part(tuple(own), tuple(wanted), cone.starts[row], cone.stops[row]))
     return parts
 
 
@@ -268,7 +263,7 @@ def _arranged(parts: Sequence[Part], before: int, width: int, device: torch.devi
     for row, part in enumerate(parts):
         here = slice(before - part.start, before + len(part.suffix))
         found["ids"][row, here] = torch.tensor(part.ids[: part.stop])
-        found["answered"][row, here] = torch.tensor(part.answered[: part.stop])
+        found["answered"][row, here] = torch.tensor(part.answered[: part.stop], dtype=torch.bool)
         found["mask"][row, here] = 1
         found["numbers"][row, here] = torch.arange(part.stop)
     return {name: value.to(device) for name, value in found.items()}

@@ -41,9 +41,16 @@ _HOMES = {
         "probability", "projection",
     ),
     "reftlab.store": ("load_sae",),
+    "reftlab.runtime.cone": ("Cone", "ConeStore"),
     "reftlab.runtime": ("BoundModel", "Inspection", "Reading", "inspect", "load"),
+    "reftlab.collecting": ("Activations", "collect"),
+    "reftlab.sweeping": (
+        "PathResult", "SweepResult", "answer_log_probability", "answer_logit", "answer_probability",
+        "kl_divergence", "logit_diff", "sweep", "sweep_paths",
+    ),
     "reftlab.training": (
         "Evaluation", "Example", "TrainResult", "answer_loss", "evaluate", "read_examples", "reply", "train",
+        "training_batch",
     ),
     "reftlab.models": ("load_model",),
     "reftlab.experiment": ("Experiment",),

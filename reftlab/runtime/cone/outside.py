@@ -26,6 +26,10 @@ __all__ = ["Outside", "Part"]
 _TOGETHER = 16
 """How many tokens' keys and values make one entry; examples share the entries of their common beginning."""
 
+_OF_ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+"""What PEFT's layers note of the adapters that act, which changes their outputs and no number."""
+_PARTS = 1024
+
 
 @dataclass(frozen=True)
 class Part:
@@ -71,7 +75,11 @@ class Outside:
         self._reft, self._stack, self._store = reft, stack, store
         self.extras: list[int] = []
         self._versions: tuple[int, ...] = ()
+        self._state: Any = None
         self._identity = b""
+        self._samples: list[Tensor] = []
+        self._seen: list[Tensor] = []
+        self._switches: list[Any] = []
 
     def gather(
         self, parts: Sequence[Part], count: int, device: torch.device
@@ -129,10 +137,19 @@ class Outside:
             number for t in tensors for number in (id(t), t.data_ptr(), 0 if t.is_inference() else t._version)
         )
         if versions != self._versions:
-            config = getattr(model, "config", None)
-            attention = getattr(config, "_attn_implementation", "")
-            facts = (type(model).__name__, str(config), attention, versions, [_sum(t) for t in tensors])
-            self._versions = versions
+            self._versions, self._samples = versions, [_sample(t) for t in tensors]
+            self._switches = [module for module in model.modules() if "_active_adapter" in vars(module)]
+        config, kind = getattr(model, "config", None), self._reft.device.type
+        seen = _together(self._samples)
+        state = (
+            versions,
+            getattr(config, "_attn_implementation", ""),
+            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+            [tuple(str(vars(layer).get(name)) for name in _OF_ADAPTERS) for layer in self._switches],
+        )
+        if state != self._state or not all(map(torch.equal, seen, self._seen)):
+            facts = (type(model).__name__, str(config), state, [_sums(t) for t in tensors])
+            self._state, self._seen = state, seen
             self._identity = hashlib.blake2b(repr(facts).encode(), digest_size=16).digest()
         return hashlib.blake2b(self._identity + count.to_bytes(4), digest_size=16).digest()
 
@@ -205,11 +222,27 @@ class Outside:
         return cache, hidden[0] if hidden else None
 
 
-def _sum(tensor: Tensor) -> int:
-    """The sum of a tensor's bits, which shows changes that torch does not count, made through `.data`."""
-    widths = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
-    values = tensor.detach().contiguous()
-    return int(values.view(widths[values.element_size()]).sum()) if values.dim() else hash(values.item())
+def _sums(tensor: Tensor) -> bytes:
+    """Sums of a tensor's bits, part by part, which tell contents apart that begin at the same address."""
+    widths = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
+    values = tensor.detach().contiguous().view(-1)
+    values = values.view(widths.get(values.element_size(), torch.int64))
+    even = len(values) // _PARTS * _PARTS
+    sums = torch.cat([values[:even].view(_PARTS, even // _PARTS).sum(1), values[even:].long()])
+    return hashlib.blake2b(sums.cpu().numpy().tobytes(), digest_size=16).digest()
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """A few of a tensor's numbers, as they are now whenever they are looked at."""
+    return tensor.detach()[tuple(slice(None, None, max(1, size // 4)) for size in tensor.shape)]
+
+
+def _together(samples: Sequence[Tensor]) -> list[Tensor]:
+    """All samples of one kind side by side, to be compared at once."""
+    kinds: dict[Any, list[Tensor]] = {}
+    for sample in samples:
+        kinds.setdefault((sample.dtype, sample.device), []).append(sample.reshape(-1))
+    return [torch.cat(several) for several in kinds.values()]
 
 
 def _keys(root: bytes, part: Part) -> tuple[list[bytes], bytes]:

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reftlab.address.alias import inner_model
+from reftlab.errors import PositionError
 from reftlab.graph import BASE
 from reftlab.runtime.build import forget_pass
 from reftlab.runtime.cone.outside import Outside, Part
@@ -73,7 +74,7 @@ class ConeRunner:
         self.store = ConeStore() if store is None else store
         self._stack = BlockStack.of(reft.model)
         self._outside = None if self._stack is None else Outside(reft, self._stack, self.store)
-        self._reasons: dict[bool, tuple[str, ...]] = {}
+        self._reasons: dict[tuple[bool, bool], tuple[str, ...]] = {}
         self._different: tuple[str, ...] = ()
         self._checked: set[tuple[int, bool]] = set()
         self._plain: dict[str, None] = {}
@@ -85,10 +86,11 @@ class ConeRunner:
 
     @property
     def why(self) -> tuple[str, ...]:
-        training = self.reft.model.training
-        if training not in self._reasons:
-            self._reasons[training] = (*reasons_against(self.reft.model), *_of_the_loss(self.reft.model))
-        return self._different or self._reasons[training]
+        blocks = () if self._stack is None else self._stack.blocks
+        state = self.reft.model.training, any(getattr(b, "gradient_checkpointing", False) for b in blocks)
+        if state not in self._reasons:
+            self._reasons[state] = (*reasons_against(self.reft.model), *_of_the_loss(self.reft.model))
+        return self._different or self._reasons[state]
 
     def cone(self, batch: Mapping[str, Any]) -> Cone:
         """The cone of a batch, whose `why` says where everything must run."""
@@ -163,7 +165,7 @@ class ConeRunner:
         device = batch["input_ids"].device
         parts = _parts(batch, cone)
         past, hidden = self._outside.gather(parts, count, device)
-        before = 0 if past is None else past.shape[-2]
+        before = max(part.start for part in parts)
         width = max(len(part.suffix) for part in parts)
         arranged = _arranged(parts, before, width, device)
         mask, answered, ids = arranged["mask"], arranged["answered"], arranged["ids"]
@@ -173,10 +175,11 @@ class ConeRunner:
             "position_ids": arranged["numbers"][:, before:],
         }
         inputs = {name: value for name, value in inputs.items() if name in reft._calls._takes}
-        if past is not None:
-            like = past[0, 0]
+        if before:
+            like = hidden[:, None] if past is None else past[0, 0]
             placeholder = zeros(like.shape[0], like.shape[1], before, like.shape[3], like)
-            layers = [(placeholder, placeholder)] * count + [(kv[0], kv[1]) for kv in past]
+            layers = [(placeholder, placeholder)] * count
+            layers += [] if past is None else [(kv[0], kv[1]) for kv in past]
             inputs |= {"past_key_values": cache_of(layers), "use_cache": True}
         else:
             inputs["use_cache"] = False
@@ -202,8 +205,11 @@ class ConeRunner:
 
     def _compare(self, batch: Mapping[str, Any], cone: Cone) -> None:
         """Run a part of a batch both ways, and note in `why` if the two differ."""
-        reft, order = self.reft, sorted(range(cone.rows), key=lambda row: cone.lengths[row])
-        rows = sorted({order[0], order[-1]})
+        reft, labelled = self.reft, [row for row in range(cone.rows) if cone.targets[row]]
+        order = sorted(labelled, key=lambda row: cone.lengths[row])
+        rows = sorted({order[0], order[-1], max(labelled, key=lambda row: cone.starts[row])})
+        if not _goes_with(reft, len(rows)):
+            rows = list(range(cone.rows))
         part = {name: _rows_of(value, rows, cone.rows) for name, value in batch.items()}
         devices = [reft.device] if reft.device.type == "cuda" else []
         with torch.no_grad(), evaluating(reft), torch.random.fork_rng(devices):
@@ -229,6 +235,17 @@ class ConeRunner:
                 f"{type(reft.model).__name__} gives other logits when it is entered in the middle: they "
                 f"differ by {difference:.2g}, and {allowed * scale:.2g} is rounding",
             )
+
+
+def _goes_with(reft: BoundModel, rows: int) -> bool:
+    """Whether the graph's own positions are meant for batches of so many rows."""
+    try:
+        for edit in reft.edits:
+            for node in (edit, *edit.reads):
+                node.positions.check_rows(rows)
+    except PositionError:
+        return False
+    return True
 
 
 def _of_the_loss(model: Any) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,11 @@ from reftlab.runtime.modes import saves_activations
 from reftlab.runtime.wrapped import entrances, is_dispatched
 
 __all__ = ["BlockStack", "cache_of", "extras_of", "reasons_against", "skipping", "zeros"]
+
+
+_GLOBAL_HOOKS = frozenset(
+    f"_global_{kind}_hooks" for kind in ("forward", "forward_pre", "backward", "backward_pre")
+)
 
 
 @dataclass(frozen=True)
@@ -107,11 +113,16 @@ def reasons_against(model: nn.Module, *, training: bool | None = None) -> tuple[
         reasons.append(
             f"{type(inner).__name__} carries a recurrent state, which cannot be entered in the middle"
         )
-    if BlockStack.of(model) is None and not reasons:
+    stack = BlockStack.of(model)
+    if stack is None and not reasons:
         reasons.append(f"the chain of blocks of {type(inner).__name__} is not known")
+    if stack is not None and len(set(stack.blocks)) < len(stack):
+        reasons.append("a block runs more than once")
+    if any(hooks for name, hooks in vars(nn.modules.module).items() if name in _GLOBAL_HOOKS):
+        reasons.append("torch carries hooks of all modules, which would not see every pass")
     if is_dispatched(model):
         reasons.append("accelerate has spread the model over devices or disk")
-    if any("_orig_mod" in module._modules for module in model.modules()):
+    if any(_compiled(module) for module in model.modules()):
         reasons.append("the model is compiled, and compiled code cannot be entered in the middle")
     hooked = [name for name, module in model.named_modules() if _foreign_hooks(module)]
     if hooked:
@@ -123,6 +134,9 @@ def reasons_against(model: nn.Module, *, training: bool | None = None) -> tuple[
     dropout = _dropout(model, training)
     if dropout is not None:
         reasons.append(f"dropout in the base model ({dropout}), which makes each pass another")
+    scaled = [name for name, module in model.named_modules() if _follows_length(module)]
+    if scaled:
+        reasons.append(f"{scaled[0]} turns all tokens by the length of the batch's longest row")
     return tuple(reasons)
 
 
@@ -134,13 +148,27 @@ def _dropout(model: nn.Module, training: bool | None) -> str | None:
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             return f"{name}, p={module.p:g}"
         for key, value in vars(module).items():
-            if "drop" in key and isinstance(value, float) and value > 0:
+            if ("drop" in key or "jitter" in key) and isinstance(value, float) and value > 0:
                 return f"{name}.{key}, p={value:g}"
     return None
 
 
+def _follows_length(module: nn.Module) -> bool:
+    """Whether a module's rotary frequencies depend on the whole batch: `dynamic` and `longrope`."""
+    kind = getattr(module, "rope_type", None)
+    kinds = kind.values() if isinstance(kind, dict) else (kind,)
+    return any(isinstance(name, str) and ("dynamic" in name or name == "longrope") for name in kinds)
+
+
+def _compiled(module: nn.Module) -> bool:
+    return "_orig_mod" in module._modules or vars(module).get("_compiled_call_impl") is not None
+
+
 def _foreign_hooks(module: nn.Module) -> bool:
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    hooks = (
+        *module._forward_hooks.values(), *module._forward_pre_hooks.values(),
+        *module._backward_hooks.values(), *module._backward_pre_hooks.values(),
+    )  # fmt: skip
     return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
 
 
@@ -184,19 +212,28 @@ def skipping(
         extras: for each of them, how many values it returns behind the hidden state, or -1 where it
             returns a tensor and no tuple.
     """
+    thread = threading.get_ident()
 
-    def returning(extra: int) -> Any:
-        value = hidden if extra < 0 else (hidden, *(None,) * extra)
-        return lambda *args, **kwargs: value
+    def returning(block: nn.Module, extra: int) -> Any:
+        value, own = hidden if extra < 0 else (hidden, *(None,) * extra), block.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            # Another thread's call of the same model is none of this one's.
+            return value if threading.get_ident() == thread else own(*args, **kwargs)
+
+        return forward
 
     left_out = stack.blocks[:count]
+    before = [vars(block).get("forward") for block in left_out]
     try:
         for block, extra in zip(left_out, extras, strict=True):
-            block.__dict__["forward"] = returning(extra)
+            vars(block)["forward"] = returning(block, extra)
         yield
     finally:
-        for block in left_out:
-            block.__dict__.pop("forward", None)
+        for block, own in zip(left_out, before, strict=True):
+            vars(block).pop("forward", None)
+            if own is not None:
+                vars(block)["forward"] = own
 
 
 def extras_of(output: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reftlab.errors import RunError
-from reftlab.runtime.cone.sizes import in_words, parse_bytes
+from reftlab.errors import DataError
+from reftlab.runtime.sizes import in_words, parse_bytes
 
 __all__ = ["ConeStore"]
 
@@ -41,7 +42,7 @@ class ConeStore:
             after this object, and goes with it.
 
     Raises:
-        RunError: a budget is not a number of bytes, or `folder` is no folder.
+        DataError: a budget is not a number of bytes, or `folder` is no folder.
 
     >>> ConeStore(memory="2MB", disk=0)
     ConeStore(0 B of 2.0 MB in memory, no file)
@@ -52,7 +53,7 @@ class ConeStore:
     ) -> None:
         self._folder = Path(tempfile.gettempdir() if folder is None else folder).expanduser()
         if not self._folder.is_dir():
-            raise RunError(f"folder={str(folder)!r}: expected a folder that exists")
+            raise DataError(f"folder={str(folder)!r}: expected a folder that exists")
         self.memory = _free_memory() // 4 if memory is None else parse_bytes("memory", memory)
         free = shutil.disk_usage(self._folder).free
         self.disk = min(free // 2, 32 * 10**9) if disk is None else parse_bytes("disk", disk)
@@ -60,6 +61,7 @@ class ConeStore:
         self._held: dict[bytes, Tensor] = {}
         self._written: dict[bytes, _OnDisk] = {}
         self._file: _File | None = None
+        self._turn = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._held) + len(self._written)
@@ -76,13 +78,16 @@ class ConeStore:
 
     def put(self, key: bytes, value: Tensor) -> bool:
         """Keep a copy of a tensor under a key; whether there was room for it."""
-        if key in self:
-            return True
+        with self._turn:
+            return key in self or self._put(key, value)
+
+    def _put(self, key: bytes, value: Tensor) -> bool:
         size = value.numel() * value.element_size()
         if self.in_memory + size <= self.memory:
             self._held[key] = value.detach().to("cpu", copy=True).contiguous()
             self.in_memory += size
             return True
+        size = _File.room(size)
         if self.on_disk + size > self.disk:
             return False
         try:
@@ -97,12 +102,13 @@ class ConeStore:
 
     def clear(self) -> None:
         """Forget everything, and delete the file."""
-        self._held.clear()
-        self._written.clear()
-        self.in_memory = self.on_disk = 0
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        with self._turn:
+            self._held.clear()
+            self._written.clear()
+            self.in_memory = self.on_disk = 0
+            if self._file is not None:
+                self._file.close()
+                self._file = None
 
     def __repr__(self) -> str:
         file = f"{in_words(self.on_disk)} of {in_words(self.disk)} in a file" if self.disk else "no file"
@@ -113,20 +119,24 @@ class _File:
     """A file that grows at its end and is read through a memory map; it goes when it is closed."""
 
     def __init__(self, folder: Path) -> None:
-        self._file: Any = tempfile.TemporaryFile(prefix="reftlab-cone-", dir=folder)  # noqa: SIM115
+        # Unbuffered, so that a write that fails leaves nothing to be written later.
+        self._file: Any = tempfile.TemporaryFile(prefix="reftlab-cone-", dir=folder, buffering=0)  # noqa: SIM115
         self._size = 0
         self._map: Any = None
 
+    @staticmethod
+    def room(size: int) -> int:
+        """What so many bytes take: numbers of every width may begin at a multiple of 16."""
+        return size + -size % 16
+
     def append(self, value: Tensor) -> _OnDisk:
         data = value.view(-1).view(torch.uint8).numpy().data
-        # Numbers of every width may begin at a multiple of 16.
-        padding = b"\0" * (-len(data) % 16)
         self._file.seek(self._size)
-        self._file.write(data)
-        self._file.write(padding)
-        self._file.flush()
+        for part in (data, memoryview(bytes(self.room(len(data)) - len(data)))):
+            while part:
+                part = part[self._file.write(part) :]
         place = _OnDisk(self._size, len(data), tuple(value.shape), value.dtype)
-        self._size += len(data) + len(padding)
+        self._size += self.room(len(data))
         return place
 
     def read(self, place: _OnDisk) -> Tensor:

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 __all__ = ["Cone", "Reach", "cone_of"]
 
 _OF_EDITS = ("tasks", "positions", "scale", "subspace", "select")
+_KNOWN = frozenset({
+    *_OF_EDITS, "input_ids", "attention_mask", "labels", "position_ids", "inputs_embeds", "past_key_values",
+    "sources", "use_cache", "return_dict", "output_attentions", "output_hidden_states",
+})  # fmt: skip
+_OF_THE_CALL = ("reads", "prompt", "num_items_in_batch")
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,8 @@ class Cone:
     @property
     def share(self) -> float:
         """The share of (block, token) cells that must run; 1 where the cone is everything."""
+        if self.why:
+            return 1.0
         ran = (self.blocks - self.first_block) * sum(
             b - a for a, b in zip(self.starts, self.stops, strict=True)
         )
@@ -127,7 +134,9 @@ def cone_of(
     why = list(reasons_against(bound.model) if reasons is None else reasons)
     if train_model:
         why.append("parameters of the model itself learn (train_model=True)")
-    why += _of_inputs(batch, layout)
+    if bound._observers:
+        why.append("what the edits do is being watched (reft.watching)")
+    why += _of_inputs(batch, layout, bound._calls._takes)
     reaches: list[Reach] = []
     if stack is not None and not why:
         chooser = Chooser(bound.model, {"tokens": layout}, bound.tokenizer, options)
@@ -146,7 +155,8 @@ def cone_of(
         begin = [start for reach in reaches if (start := reach.starts[row]) is not None]
         end = [stop for reach in reaches if (stop := reach.stops[row]) is not None]
         starts.append(min([*begin, *wanted[:1]], default=0))
-        stops.append(max([*end, *(token + 1 for token in wanted[-1:])], default=1))
+        # All of the prompt, from whose end positions may count, also in a row without labels.
+        stops.append(max(len(layout.prompts[row]), *end, *(token + 1 for token in wanted[-1:])))
     if first == 0 and not any(starts):
         at = next(reach.name for reach in reaches if reach.block == 0)
         why.append(f"{at!r} acts before block 0, and the first tokens of all rows count")
@@ -198,7 +208,9 @@ def _reach(
     if not options.acts(edit.edit):
         return Reach(name, block, (None,) * layout.rows, (None,) * layout.rows)
     tokens = chooser.selection(node, layout)
-    acts = options.rows_of(edit.edit, torch.arange(layout.rows))
+    # Reads are taken, and joined tokens must be whole, in rows of other tasks too.
+    by_task = isinstance(node, BoundEdit) and not node.reads and chooser.position(node).joins == 1
+    acts = options.rows_of(edit.edit, torch.arange(layout.rows)) if by_task else None
     starts: list[int | None] = []
     stops: list[int | None] = []
     for row in range(layout.rows):
@@ -226,8 +238,11 @@ def _targets(batch: Mapping[str, Any], layout: Layout) -> tuple[tuple[int, ...],
     return tuple(found)
 
 
-def _of_inputs(batch: Mapping[str, Any], layout: Layout) -> Iterator[str]:
+def _of_inputs(batch: Mapping[str, Any], layout: Layout, takes: frozenset[str]) -> Iterator[str]:
     """Why a batch's own arguments do not go with skipping."""
+    for name, value in batch.items():
+        if value is not None and name not in _KNOWN and (name in takes or name in _OF_THE_CALL):
+            yield f"the batch gives {name}, by which kept values are not told apart"
     if batch.get("input_ids") is None:
         yield "the batch gives vectors in place of token ids"
     if batch.get("past_key_values") is not None:
@@ -238,8 +253,14 @@ def _of_inputs(batch: Mapping[str, Any], layout: Layout) -> Iterator[str]:
         len(prompt) + len(answer) == 0 for prompt, answer in zip(layout.prompts, layout.answers, strict=True)
     ):
         yield "a row has no tokens"
-    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    mask, positions, labels = batch.get("attention_mask"), batch.get("position_ids"), batch.get("labels")
     columns = [torch.cat([p, a]) for p, a in zip(layout.prompts, layout.answers, strict=True)]
+    if isinstance(labels, Tensor) and isinstance(mask, Tensor):
+        real = mask != 0
+        # The loss compares what stands in one column with the logits of the column before it.
+        counted = (labels[:, 1:] != IGNORED_LABEL) & ~(real[:, 1:] & real[:, :-1]).to(labels.device)
+        if bool(counted.any()):
+            yield "labels stand on padding, or on a first token after it, and the loss counts them"
     if any(bool((c.diff() != 1).any()) for c in columns):
         yield "the attention mask has gaps inside a row"
     if isinstance(positions, Tensor):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from reftlab.errors import RunError
+from reftlab.errors import DataError
 
 __all__ = ["in_words", "parse_bytes"]
 
@@ -21,7 +21,7 @@ def parse_bytes(argument: str, value: Any) -> int:
         value: the value.
 
     Raises:
-        RunError: the value is neither.
+        DataError: the value is neither.
 
     >>> parse_bytes("budget", "1.5 kB"), parse_bytes("budget", 7)
     (1500, 7)
@@ -30,7 +30,7 @@ def parse_bytes(argument: str, value: Any) -> int:
         return value
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
     if found is None or found[2].upper() not in _UNITS:
-        raise RunError(f"{argument}={value!r}: expected a number of bytes, such as 500_000_000 or '2GB'")
+        raise DataError(f"{argument}={value!r}: expected a number of bytes, such as 500_000_000 or '2GB'")
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -179,6 +180,34 @@ class Intervention(nn.Module):
         else:
             new = self(base, source, **extra)
         return torch.where(subspace, new, base) if subspace is not None and "subspace" not in extra else new
+
+    def stack_key(self) -> Hashable | None:
+        """What interventions must have in common so that one product carries out several of them.
+
+        Returns:
+            Equal values for interventions that `stacked` takes together; None for one that goes alone.
+        """
+        return None
+
+    @classmethod
+    def stacked(cls: type[_Own], members: Sequence[_Own]) -> Any:
+        """The parameters of members of one `stack_key`, each on an axis of members that comes first."""
+        raise NotImplementedError(f"{cls.__name__} has a stack_key and does not say what is stacked")
+
+    def grouped(
+        self,
+        stack: Any,
+        base: Float[Tensor, "member n width"],
+        subspace: Bool[Tensor, "member n directions"] | None = None,
+    ) -> Float[Tensor, "member n width"]:
+        """What `forward` does, for several members at once, each on vectors of its own.
+
+        Args:
+            stack: what `stacked` made of the members, of which this is one.
+            base: float32 vectors, as many for each member.
+            subspace: which directions act for each vector; None for all.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has a stack_key and does not say what grouped does")
 
     def _checked_subspace(self, subspace: Tensor, base: Tensor) -> Tensor:
         count = self.directions

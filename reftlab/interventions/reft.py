@@ -15,7 +15,8 @@ The r directions are the basis that `subspace=` chooses from: amounts along the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -38,6 +39,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class Parts(NamedTuple):
+    """The numbers of one of the family, or of several with an axis of members before the others."""
+
+    directions: Tensor
+    """Rᵀ or W2ᵀ, `(width, rank)`."""
+    weight: Tensor | None
+    """W or W1, `(rank, width)`; None where the target is a constant."""
+    bias: Tensor | None
+    """b, `(rank,)`."""
+
+
+_Own = TypeVar("_Own", bound="_LowRank")
+
+
 def check_activation(name: str | None) -> None:
     """Refuse a name that no activation has; None is the identity."""
     if name is not None and name not in ACTIVATIONS:
@@ -47,8 +62,13 @@ def check_activation(name: str | None) -> None:
         )
 
 
+def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:
+    given = [part for part in parts if part is not None]
+    return torch.stack(given) if given else None
+
+
 class _LowRank(Intervention):
-    """What the family shares: `h + s · dropout(target(h)) · directions`."""
+    """What the family shares: `h + s · dropout(amounts(h)) · directions`."""
 
     takes_subspace = "basis"
     rank: int
@@ -68,14 +88,52 @@ class _LowRank(Intervention):
         check_rank(self.rank, width)
         self.drop = nn.Dropout(self.dropout)
 
-    def _activate(self, values: Tensor) -> Tensor:
-        return values if self.activation is None else ACTIVATIONS[self.activation](values)
+    def _parts(self) -> Parts:
+        """The numbers of this edit in float32."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its parts are")
 
-    def _write(self, base: Tensor, amounts: Tensor, directions: Tensor, subspace: Tensor | None) -> Tensor:
-        """Add `amounts` `(n, rank)` along those columns of `directions` `(width, rank)` that are chosen."""
+    def _amounts(self, base: Tensor, parts: Parts) -> Tensor:
+        """How far to go along each direction, `(n, rank)`; members come first where `parts` are stacked."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how far it goes")
+
+    def forward(
+        self,
+        base: Float[Tensor, "n width"],
+        source: Float[Tensor, "n width"] | None = None,
+        *,
+        subspace: Bool[Tensor, "n rank"] | None = None,
+    ) -> Float[Tensor, "n width"]:
+        return self._moved(base, self._parts(), subspace)
+
+    def _moved(self, base: Tensor, parts: Parts, subspace: Tensor | None) -> Tensor:
+        """The vectors moved by `_amounts` along those directions that are chosen."""
+        amounts = self._amounts(base, parts)
         if subspace is not None:
             amounts = amounts.masked_fill(~subspace, 0.0)
-        return base + self.scale * (self.drop(amounts) @ directions.T)
+        # In a generation this runs once a token, so what would change nothing is left out.
+        amounts = self.drop(amounts) if self.dropout else amounts
+        step = amounts @ parts.directions.mT
+        return base + (step if self.scale == 1.0 else self.scale * step)
+
+    def stack_key(self) -> Hashable | None:
+        # A subclass from elsewhere may compute something else, and each member draws its own dropout.
+        if type(self).__module__ != __name__ or (self.dropout and self.drop.training):
+            return None
+        device = next(self.parameters()).device
+        return (type(self), self.width, self.rank, self.bias, self.activation, self.scale, device)
+
+    @classmethod
+    def stacked(cls: type[_Own], members: Sequence[_Own]) -> Parts:
+        directions, weights, biases = zip(*(member._parts() for member in members), strict=True)
+        return Parts(torch.stack(directions), _stack(weights), _stack(biases))
+
+    def grouped(
+        self,
+        stack: Parts,
+        base: Float[Tensor, "member n width"],
+        subspace: Bool[Tensor, "member n rank"] | None = None,
+    ) -> Float[Tensor, "member n width"]:
+        return self._moved(base, stack, subspace)
 
 
 class _Learned(_LowRank):
@@ -99,9 +157,19 @@ class _Learned(_LowRank):
         super().setup(width)
         self.linear = nn.Linear(width, self.rank, bias=self.bias)
 
-    def _target(self, base: Tensor) -> Tensor:
-        bias = None if self.linear.bias is None else self.linear.bias.float()
-        return self._activate(functional.linear(base, self.linear.weight.float(), bias))
+    def _with_target(self, directions: Tensor) -> Parts:
+        bias = self.linear.bias
+        return Parts(directions, self.linear.weight.float(), None if bias is None else bias.float())
+
+    def _target(self, base: Tensor, parts: Parts) -> Tensor:
+        """The target f(W h + b)."""
+        assert parts.weight is not None
+        if parts.weight.dim() == 2:
+            values = functional.linear(base, parts.weight, parts.bias)
+        else:
+            values = base @ parts.weight.mT
+            values = values if parts.bias is None else values + parts.bias[:, None]
+        return values if self.activation is None else ACTIVATIONS[self.activation](values)
 
     def _affine(self, write: Tensor, minus: Tensor | None) -> Affine | None:
         """`s · write (W − minus) h + s · write b`, without an activation."""
@@ -138,15 +206,11 @@ class LoReFT(_Learned):
         super().setup(width)
         self.basis = OrthonormalBasis(width, self.rank)
 
-    def forward(
-        self,
-        base: Float[Tensor, "n width"],
-        source: Float[Tensor, "n width"] | None = None,
-        *,
-        subspace: Bool[Tensor, "n rank"] | None = None,
-    ) -> Float[Tensor, "n width"]:
-        basis = self.basis()
-        return self._write(base, self._target(base) - base @ basis, basis, subspace)
+    def _parts(self) -> Parts:
+        return self._with_target(self.basis())
+
+    def _amounts(self, base: Tensor, parts: Parts) -> Tensor:
+        return self._target(base, parts) - base @ parts.directions
 
     def affine(self) -> Affine | None:
         basis = self.basis().detach()
@@ -165,14 +229,11 @@ class DiReFT(_Learned):
         super().setup(width)
         self.basis = OrthonormalBasis(width, self.rank)
 
-    def forward(
-        self,
-        base: Float[Tensor, "n width"],
-        source: Float[Tensor, "n width"] | None = None,
-        *,
-        subspace: Bool[Tensor, "n rank"] | None = None,
-    ) -> Float[Tensor, "n width"]:
-        return self._write(base, self._target(base), self.basis(), subspace)
+    def _parts(self) -> Parts:
+        return self._with_target(self.basis())
+
+    def _amounts(self, base: Tensor, parts: Parts) -> Tensor:
+        return self._target(base, parts)
 
     def affine(self) -> Affine | None:
         return self._affine(self.basis().detach(), minus=None)
@@ -190,15 +251,11 @@ class NoReFT(_Learned):
         super().setup(width)
         self.projection = nn.Linear(width, self.rank, bias=False)
 
-    def forward(
-        self,
-        base: Float[Tensor, "n width"],
-        source: Float[Tensor, "n width"] | None = None,
-        *,
-        subspace: Bool[Tensor, "n rank"] | None = None,
-    ) -> Float[Tensor, "n width"]:
-        directions = self.projection.weight.float().T
-        return self._write(base, self._target(base) - base @ directions, directions, subspace)
+    def _parts(self) -> Parts:
+        return self._with_target(self.projection.weight.float().T)
+
+    def _amounts(self, base: Tensor, parts: Parts) -> Tensor:
+        return self._target(base, parts) - base @ parts.directions
 
     def affine(self) -> Affine | None:
         directions = self.projection.weight.detach().float().T
@@ -217,14 +274,11 @@ class NodiReFT(_Learned):
         super().setup(width)
         self.projection = nn.Linear(width, self.rank, bias=False)
 
-    def forward(
-        self,
-        base: Float[Tensor, "n width"],
-        source: Float[Tensor, "n width"] | None = None,
-        *,
-        subspace: Bool[Tensor, "n rank"] | None = None,
-    ) -> Float[Tensor, "n width"]:
-        return self._write(base, self._target(base), self.projection.weight.float().T, subspace)
+    def _parts(self) -> Parts:
+        return self._with_target(self.projection.weight.float().T)
+
+    def _amounts(self, base: Tensor, parts: Parts) -> Tensor:
+        return self._target(base, parts)
 
     def affine(self) -> Affine | None:
         return self._affine(self.projection.weight.detach().float().T, minus=None)
@@ -243,6 +297,14 @@ class _Constant(_LowRank):
         self.basis = OrthonormalBasis(width, self.rank)
         self.target = nn.Parameter(torch.rand(self.rank))
 
+    def _parts(self) -> Parts:
+        return Parts(self.basis(), None, self.target.float())
+
+    def _target(self, base: Tensor, parts: Parts) -> Tensor:
+        """The constant b for each vector."""
+        assert parts.bias is not None
+        return parts.bias.unsqueeze(-2).expand(*base.shape[:-1], -1)
+
 
 class ConsReFT(_Constant):
     """Set the vector to a learned constant inside an r-dimensional subspace.
@@ -255,15 +317,8 @@ class ConsReFT(_Constant):
         scale: s.
     """
 
-    def forward(
-        self,
-        base: Float[Tensor, "n width"],
-        source: Float[Tensor, "n width"] | None = None,
-        *,
-        subspace: Bool[Tensor, "n rank"] | None = None,
-    ) -> Float[Tensor, "n width"]:
-        basis = self.basis()
-        return self._write(base, self.target.float() - base @ basis, basis, subspace)
+    def _amounts(self, base: Tensor, parts: Parts) -> Tensor:
+        return self._target(base, parts) - base @ parts.directions
 
     def affine(self) -> Affine:
         basis, target = self.basis().detach(), self.target.detach().float()
@@ -278,15 +333,8 @@ class LobiReFT(_Constant):
     Arguments as for `ConsReFT`.
     """
 
-    def forward(
-        self,
-        base: Float[Tensor, "n width"],
-        source: Float[Tensor, "n width"] | None = None,
-        *,
-        subspace: Bool[Tensor, "n rank"] | None = None,
-    ) -> Float[Tensor, "n width"]:
-        amounts = self.target.float().expand(base.shape[0], -1)
-        return self._write(base, amounts, self.basis(), subspace)
+    def _amounts(self, base: Tensor, parts: Parts) -> Tensor:
+        return self._target(base, parts)
 
     def affine(self) -> Affine:
         return Affine.adding(self.scale * (self.basis().detach() @ self.target.detach().float()))

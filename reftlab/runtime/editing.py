@@ -12,6 +12,7 @@ from reftlab.errors import InterventionError, RunError
 from reftlab.interventions import Intervention
 from reftlab.runtime.build import gate_keys
 from reftlab.runtime.choose import Chooser, Chosen, Frame
+from reftlab.runtime.grouping import EditGroup, Share
 from reftlab.runtime.options import Options
 from reftlab.runtime.places import BoundEdit, BoundRead
 from reftlab.runtime.supply import Supply, aligned, row_means
@@ -62,11 +63,25 @@ class Editor:
         factor = self._options.factor(node.edit, rows)
         if isinstance(share, Tensor):
             factor = share[:, None] * (factor.to(share) if isinstance(factor, Tensor) else factor)
-        new = self._changed(node, taken.vectors, source, chosen.vectors, rows, factor)
-        values = new.reshape(len(chosen), -1).to(tensor.dtype)
-        if index is not None:
-            values = taken.tokens.index_copy(1, index.to(tensor.device), values)
-        return tensor.index_put(taken.where, values)
+        built = self._interventions[node.module]
+        subspace = self._options.directions(node.edit, rows, getattr(built, "directions", None))
+        new = self._changed(node, built, taken.vectors, source, chosen.vectors, factor, subspace)
+        return _put_back(tensor, taken, new.reshape(len(chosen), -1), index)
+
+    def edit_group(self, group: EditGroup, tensor: Tensor, shares: tuple[Share, ...]) -> Tensor:
+        """The site's tensor with each share's vectors edited."""
+        index = group.place.features(tensor.shape[-1])
+        for share in shares:
+            taken = _taken(tensor, share.where, index)
+            if len(share.members) > 1:
+                new = self._changed_together(group, share, taken.vectors)
+            else:
+                node, built = group.edits[share.members[0]], group.built[share.members[0]]
+                new = self._changed(
+                    node, built, taken.vectors, None, share.tokens, share.factor, share.subspace
+                )
+            tensor = _put_back(tensor, taken, new, index)
+        return tensor
 
     def _counts(self, node: BoundEdit, chosen: Chosen, frame: Frame) -> list[int] | None:
         """How many vectors the edit changes in each row, over all passes; None where that is not known."""
@@ -78,16 +93,15 @@ class Editor:
     def _changed(
         self,
         node: BoundEdit,
+        built: Any,
         given: Tensor,
         source: Tensor | None,
         tokens: Selection,
-        rows: Tensor,
         factor: float | Tensor,
+        subspace: Tensor | None,
     ) -> Tensor:
         """The new vectors `(n, width)` for the vectors `given`."""
         base = given.float()
-        built: Any = self._interventions[node.module]
-        subspace = self._options.directions(node.edit, rows, getattr(built, "directions", None))
         source = None if source is None else source.to(base)
         if source is not None and source.shape != base.shape:
             raise RunError(
@@ -108,15 +122,31 @@ class Editor:
         except Exception as error:
             error.add_note(f"in edit {node.key!r} at {node.site}")
             raise
-        _check_new(new, base, node)
-        if isinstance(factor, Tensor) or factor != 1.0:
-            new = base + (factor.to(base) if isinstance(factor, Tensor) else factor) * (new - base)
-        if given.dtype == torch.float64:
-            # Worked out in float32 and added, so that what an edit leaves alone keeps all its digits.
-            new = given + (new - base).double()
+        _check_new(new, base, f"edit {node.key!r}")
+        new = _weighed(given, base, new, factor)
         for see in self._observers:
             see(node, tokens, base, new, source)
         return new
+
+    def _changed_together(self, group: EditGroup, share: Share, given: Tensor) -> Tensor:
+        """The new vectors `(n, width)` of several edits' own, by one product."""
+        base = given.float()
+
+        def by_member(values: Tensor) -> Tensor:
+            if share.spread is not None:
+                return values[share.spread]
+            return values.reshape(len(share.members), -1, values.shape[1])
+
+        subspace = None if share.subspace is None else by_member(share.subspace)
+        try:
+            first = group.built[share.members[0]]
+            new = first.grouped(group.stack(share.members), by_member(base), subspace).flatten(0, 1)
+        except Exception as error:
+            error.add_note(f"in {group.name} at {group.site}")
+            raise
+        new = new if share.kept is None else new[share.kept]
+        _check_new(new, base, group.name)
+        return _weighed(given, base, new, share.factor)
 
     def _acting(
         self, node: BoundEdit, chosen: Chosen, counts: list[int] | None, frame: Frame
@@ -180,22 +210,43 @@ class Gathered(NamedTuple):
 
 def gathered(tensor: Tensor, chosen: Chosen, frame: Frame, index: Tensor | None) -> Gathered:
     """Take the chosen vectors out of a site's tensor."""
-    where = _where(chosen.tokens, frame, tensor)
+    return _taken(tensor, _where(chosen.tokens, frame, tensor), index, chosen.joins)
+
+
+def _taken(tensor: Tensor, where: tuple[Tensor, ...], index: Tensor | None, joins: int = 1) -> Gathered:
     whole = tensor[where]
     part = whole if index is None else whole[:, index.to(whole.device)]
-    if chosen.joins > 1:
-        part = part.reshape(len(part) // chosen.joins, chosen.joins * part.shape[1])
+    if joins > 1:
+        part = part.reshape(len(part) // joins, joins * part.shape[1])
     return Gathered(where, whole, part)
 
 
-def _check_new(new: Any, base: Tensor, node: BoundEdit) -> None:
+def _put_back(tensor: Tensor, taken: Gathered, new: Tensor, index: Tensor | None) -> Tensor:
+    """The site's tensor with the new features `(token, width)` in the place of those that were taken."""
+    values = new.to(tensor.dtype)
+    if index is not None:
+        values = taken.tokens.index_copy(1, index.to(tensor.device), values)
+    return tensor.index_put(taken.where, values)
+
+
+def _weighed(given: Tensor, base: Tensor, new: Tensor, factor: float | Tensor) -> Tensor:
+    """The new vectors at an edit's strength, in the precision of those that were given."""
+    if isinstance(factor, Tensor) or factor != 1.0:
+        new = base + (factor.to(base) if isinstance(factor, Tensor) else factor) * (new - base)
+    if given.dtype == torch.float64:
+        # Worked out in float32 and added, so that what an edit leaves alone keeps all its digits.
+        new = given + (new - base).double()
+    return new
+
+
+def _check_new(new: Any, base: Tensor, edit: str) -> None:
     if not isinstance(new, Tensor) or new.shape != base.shape:
         shape = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
         raise InterventionError(
-            f"edit {node.key!r}: the intervention returned {shape} for vectors of shape {tuple(base.shape)}"
+            f"{edit}: the intervention returned {shape} for vectors of shape {tuple(base.shape)}"
         )
     if not new.is_floating_point() or new.device != base.device:
         raise InterventionError(
-            f"edit {node.key!r}: the intervention returned {new.dtype} on {new.device} for vectors of "
+            f"{edit}: the intervention returned {new.dtype} on {new.device} for vectors of "
             f"{base.dtype} on {base.device}"
         )

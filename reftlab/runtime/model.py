@@ -17,6 +17,7 @@ from reftlab.runtime.bind import bind_nodes, bind_reads
 from reftlab.runtime.build import Interventions, built_for, forget_pass, gate_keys
 from reftlab.runtime.calls import Calls, Layouts
 from reftlab.runtime.editing import Observer
+from reftlab.runtime.folding import Folds, check_unfolded
 from reftlab.runtime.hooks import StopForward, turn_of
 from reftlab.runtime.options import Options
 from reftlab.runtime.places import BoundEdit, BoundRead
@@ -89,6 +90,8 @@ class BoundModel(nn.Module):
         self.facts: dict[str, Any] = {}
         self._off: list[tuple[int, frozenset[str]]] = []
         self._observers: tuple[Observer, ...] = ()
+        self._folds = Folds()
+        check_unfolded(model, self.interventions.values())
         self._calls = Calls(model)
         self._ad_hoc: dict[tuple[Read, ...], tuple[BoundRead, ...]] = {}
 
@@ -234,6 +237,7 @@ class BoundModel(nn.Module):
                 "nothing to read: name sites, as in reft.read('blocks[5].output @ last', **inputs)"
             )
         options = Options.of(self.graph, tasks, subspace, scale, select)
+        self._folds.check(self, options, wanted)
         layouts = self._calls.layouts(inputs, prompt)
         there, here = [tuple(r for r in wanted if (r.run == BASE) is base) for base in (False, True)]
         runs = Sources(self, options, inputs, sources, None, there)
@@ -298,37 +302,75 @@ class BoundModel(nn.Module):
 
         if isinstance(other, InterventionGraph):
             raise BindError("this graph is not bound; bind it first, reft + graph.bind(reft.model)")
-        return added(self, other) if isinstance(other, BoundModel) else NotImplemented
+        return added(self._unfolded(), other._unfolded()) if isinstance(other, BoundModel) else NotImplemented
 
     def select(self, *names: str) -> BoundModel:
         """Only the named edits and reads, with the interventions that they have here."""
         from reftlab.runtime.compose import derived
 
-        return derived(self, self.graph.select(*names))
+        return derived(self._unfolded(), self.graph.select(*names))
 
     def scale(self, name: str, factor: float) -> BoundModel:
         """The same edits with one edit's strength multiplied by `factor`."""
         from reftlab.runtime.compose import derived
 
-        return derived(self, self.graph.scale(name, factor))
+        return derived(self._unfolded(), self.graph.scale(name, factor))
 
     def rename(self, names: Mapping[str, str]) -> BoundModel:
         """The same edits with nodes renamed, `{"old": "new"}`."""
         from reftlab.runtime.compose import derived
 
-        return derived(self, self.graph.rename(names), names)
+        return derived(self._unfolded(), self.graph.rename(names), names)
 
-    def plan(self) -> Plan:
-        """What this object does in a forward pass, in words and as a table."""
+    def plan(self, batch: Mapping[str, Any] | None = None) -> Plan:
+        """What this object does in a forward pass, in words and as a table.
+
+        Args:
+            batch: inputs as `forward` takes them, such as the tokenizer's output or `rl.training_batch`;
+                with them the plan says which part of the pass the edits can change, see `Plan.cone`.
+        """
         from reftlab.runtime.plan import plan_of
 
-        return plan_of(self)
+        return plan_of(self, batch)
+
+    def fold(self, *names: str) -> BoundModel:
+        """Put the named edits, or all, into the model's weights, where they cost nothing.
+
+        An edit folds if it is an affine map of all tokens (`positions="all"`, `phase="both"` in a model
+        that writes texts) of what an `nn.Linear` or `Conv1D` makes, as at `blocks[i].mlp.output` and
+        `blocks[i].attn.output`. The numbers are those of the edit up to rounding, but for padding, which
+        is then edited too. While folded they act in every call of the model, also in those of others, and
+        stand in its `state_dict()`, with a bias where there was none; `save` writes the edits as before.
+
+        Args:
+            *names: edits; all of the graph unless given.
+
+        Returns:
+            This object.
+
+        Raises:
+            RunError: an edit cannot be folded; the message names it and says why. Nothing is changed then.
+        """
+        self._folds.fold(self, names)
+        return self
+
+    def unfold(self) -> BoundModel:
+        """Give the model its own weights back, bit for bit."""
+        self._folds.unfold()
+        return self
+
+    @contextlib.contextmanager
+    def folded(self, *names: str) -> Iterator[BoundModel]:
+        """Fold the named edits, or all, inside a `with` block; see `fold`."""
+        with self._folds.within(self, names):
+            yield self
 
     def save(self, folder: str | Path) -> Path:
         """Save graph, interventions and a model card; see `reftlab.runtime.saving`."""
         from reftlab.runtime.saving import save
 
-        return save(self, folder)
+        with self._folds.taken_out():
+            return save(self, folder)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Turn gradient checkpointing on in the model."""
@@ -352,6 +394,10 @@ class BoundModel(nn.Module):
     def _repr_html_(self) -> str:
         return self.plan()._repr_html_()
 
+    def _unfolded(self) -> BoundModel:
+        self._folds.check_none()
+        return self
+
     @property
     def _disabled(self) -> frozenset[str]:
         """The edits that `disabled` blocks of this thread leave out."""
@@ -359,7 +405,8 @@ class BoundModel(nn.Module):
         return frozenset(name for thread, names in self._off for name in names if thread == here)
 
     def _active_edits(self, options: Options) -> tuple[BoundEdit, ...]:
-        off = self._disabled
+        self._folds.check(self, options)
+        off = self._disabled.union(self._folds.names)
         return tuple(b for b in self._bound_edits if b.edit.name not in off and options.acts(b.edit))
 
     def _bound(self, reads: tuple[str | Read, ...], positions: Any) -> tuple[BoundRead, ...]:

@@ -16,6 +16,7 @@ from reftlab.runtime.attention import SoftmaxWatch, attending
 from reftlab.runtime.calls import Calls, Layouts, Window
 from reftlab.runtime.choose import Chooser, Chosen, Frame
 from reftlab.runtime.editing import Editor, Observer, gathered
+from reftlab.runtime.grouping import Acting, EditGroup, Grouping
 from reftlab.runtime.hooks import OnInput, OnOutput, OwnedHooks, StopForward
 from reftlab.runtime.leaf import get_input, get_output, put_input, put_output
 from reftlab.runtime.options import Options
@@ -64,9 +65,11 @@ class Run:
         self.chooser = Chooser(model, layouts, tokenizer, options)
         self.supplies = dict(supplies)
         self._editor = Editor(interventions, self.chooser, options, self.supplies, observers)
+        self._grouping = Grouping(interventions, self.chooser, options, apart=bool(observers))
         self.results: dict[str, Supply] = {}
         self.touched: dict[str, int] = {edit.key: 0 for edit in edits}
         self._continues = False
+        self._past_prompt: frozenset[str] = frozenset()
         self._empty: set[str] = set()
         self._visits: dict[int, int] = {}
         self._missing = {read.label for read in reads} if stop_early else set()
@@ -89,9 +92,9 @@ class Run:
             for (name, side), nodes in groups.items():
                 target = self.model.get_submodule(name)
                 if side == "output":
-                    owned.on_output(target, self._on_output(nodes, owned))
+                    owned.on_output(target, self._on_output(self._grouping.grouped(nodes), owned))
                 elif side == "input":
-                    owned.on_input(target, self._on_input(nodes, owned))
+                    owned.on_input(target, self._on_input(self._grouping.grouped(nodes), owned))
             yield owned
 
     def _nodes(self) -> Iterator[Node]:
@@ -117,6 +120,9 @@ class Run:
         starts = [start for _, start, _ in windows.values()]
         self._continues = bool(starts) and max(starts) > 0
         self.chooser.move(windows, decoder)
+        self._grouping.clear()
+        frames = self.chooser.frames.items()
+        self._past_prompt = frozenset(name for name, frame in frames if frame.start >= frame.layout.width)
 
     def around(self, calls: Calls) -> tuple[OnInput, OnOutput]:
         """Hooks that say before each pass which columns it covers, and note in `calls` where it ended."""
@@ -133,30 +139,40 @@ class Run:
 
         return begin, end
 
-    def _on_output(self, nodes: list[Node], owned: OwnedHooks) -> Any:
+    def _on_output(self, nodes: list[Acting], owned: OwnedHooks) -> Any:
+        steps = [(node, node.site.leaf, str(node.site)) for node in nodes]
+
         def act(module: nn.Module, args: Any, output: Any) -> Any:
             changed = output
-            for node in nodes:
-                tensor = get_output(changed, node.site.leaf, str(node.site))
-                new = self._visit(node, tensor, owned)
+            for node, leaf, name in steps:
+                if self._is_over(node):
+                    continue
+                new = self._visit(node, get_output(changed, leaf, name), owned)
                 if new is not None:
-                    changed = put_output(changed, node.site.leaf, new, str(node.site))
+                    changed = put_output(changed, leaf, new, name)
             self._maybe_stop()
             return changed
 
         return act
 
-    def _on_input(self, nodes: list[Node], owned: OwnedHooks) -> Any:
+    def _on_input(self, nodes: list[Acting], owned: OwnedHooks) -> Any:
+        steps = [(node, node.site.leaf, str(node.site)) for node in nodes]
+
         def act(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            for node in nodes:
-                tensor = get_input(module, args, kwargs, node.site.leaf, str(node.site))
-                new = self._visit(node, tensor, owned)
+            for node, leaf, name in steps:
+                if self._is_over(node):
+                    continue
+                new = self._visit(node, get_input(module, args, kwargs, leaf, name), owned)
                 if new is not None:
-                    args, kwargs = put_input(module, args, kwargs, node.site.leaf, new, str(node.site))
+                    args, kwargs = put_input(module, args, kwargs, leaf, new, name)
             self._maybe_stop()
             return args, kwargs
 
         return act
+
+    def _is_over(self, node: Acting) -> bool:
+        """Whether this pass covers generated tokens alone, and the edits act on the prompt's."""
+        return isinstance(node, EditGroup) and node.skips(self._past_prompt)
 
     def _attend(self, module: nn.Module, name: str, sides: list[list[Node]], owned: OwnedHooks) -> None:
         """Watch the softmax of an attention module."""
@@ -254,7 +270,7 @@ class Run:
         frame = self.chooser.frames.get(node.place.stream)
         return frame is None or len(self.chooser.selection(node, frame.layout)) > 0
 
-    def _visit(self, node: Node, given: Tensor, owned: OwnedHooks) -> Tensor | None:
+    def _visit(self, node: Acting, given: Tensor, owned: OwnedHooks) -> Tensor | None:
         """Carry out a node on its site's tensor; the new tensor, or None where nothing changes."""
         place, visits = node.place, self._visits.get(id(node), 0)
         if owned.active and visits and place.stream != "calls":
@@ -266,19 +282,33 @@ class Run:
         own = self.chooser.frames.get(place.stream)
         tensor = place.axes.arrange(given, own.rows if own is not None else given.shape[0])
         frame = self.chooser.frame_for(place, tensor, visits)
+        new: Tensor | None
+        if isinstance(node, EditGroup):
+            division = self._grouping.division(node, frame, tensor)
+            for edit, count in zip(node.edits, division.counts, strict=True):
+                self._note(edit, count)
+            if not division.shares:
+                return None
+            with _by_itself(tensor), owned.paused():
+                new = self._editor.edit_group(node, tensor, division.shares)
+            return owned.remember(place.axes.restore(new, given))
         chosen = self.chooser.in_window(node, frame)
         if isinstance(node, BoundRead):
             taken = gathered(tensor, chosen, frame, place.features(tensor.shape[-1]))
             self._keep(node, taken.vectors, chosen, frame)
             return None
+        self._note(node, len(chosen))
         if len(chosen) == 0:
-            if place.stream == "own":
-                self._empty.add(node.key)
             return None
-        self.touched[node.key] += len(chosen)
-        with torch.autocast(tensor.device.type, enabled=False), owned.paused():
+        with _by_itself(tensor), owned.paused():
             new = self._editor.edit(node, tensor, chosen, frame)
         return None if new is None else owned.remember(place.axes.restore(new, given))
+
+    def _note(self, edit: BoundEdit, count: int) -> None:
+        """Note how many tokens of this pass an edit chooses."""
+        self.touched[edit.key] += count
+        if count == 0 and edit.place.stream == "own":
+            self._empty.add(edit.key)
 
     def _keep(self, node: BoundRead, vectors: Tensor, chosen: Chosen, frame: Frame) -> None:
         """Note what a read has taken; one that this pass does not reach keeps what it had."""
@@ -303,6 +333,14 @@ def _together(before: Supply, after: Supply) -> Supply:
     tokens, order = Selection.joined([before.tokens, after.tokens]).ascending()
     vectors = torch.cat([before.vectors, after.vectors])[order.to(after.vectors.device)]
     return Supply(vectors, tokens, after.rows, here=True)
+
+
+def _by_itself(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Leave autocast outside of what an edit computes."""
+    kind = tensor.device.type
+    return (
+        torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+    )
 
 
 def _warn(message: str) -> None:

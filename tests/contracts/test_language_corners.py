@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import reftlab as rl
-from reftlab.training.trainer import _parts
+from reftlab.training.edit_trainer import _parts
 from tests.models import batch_of, build, copy_of, inputs_of
 from tests.oracle import VECTOR, assert_close
 

@@ -158,6 +158,8 @@ def _edit_step(bound: BoundModel, place: BoundEdit, counted: set[int]) -> PlanSt
         does += f", when {edit.when!r}"
     if edit.name in bound._disabled:
         does += " (disabled)"
+    if edit.name in bound._folds.names:
+        does += " (folded into the weights)"
     return PlanStep(
         edit.run,
         "edit",

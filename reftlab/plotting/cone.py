@@ -14,6 +14,8 @@ from reftlab.plotting.style import BLACK, ORANGE, SKY, drawable, empty_figure, f
 __all__ = ["cone_figure"]
 
 _SKIPPED = "#E8E8E8"
+_NUMBERED = 8
+"""Up to so many blocks each has its number."""
 _LABELLED = 60
 """More tokens than this are numbered, not spelled."""
 
@@ -64,7 +66,10 @@ def cone_figure(
     if spelled:
         axes.set_xticks(range(len(tokens)), [drawable(token.replace("\n", "\\n"), 14) for token in tokens])
         axes.tick_params(axis="x", labelrotation=90, labelsize=6.5)
-    axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    if blocks <= _NUMBERED:
+        axes.set_yticks(range(blocks))
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
     names = [name for several in places.values() for name in several]
     marker = axes.plot([], [], "v", color=BLACK, markersize=7)[0]
     figure.legend(

@@ -37,6 +37,10 @@ def runner_for(
         reasons.append("label smoothing, which the Trainer works out from all logits")
     if arguments.gradient_checkpointing:
         reasons.append("gradient checkpointing, which runs without a cache")
+    if arguments.neftune_noise_alpha:
+        reasons.append("noise on the embeddings (neftune_noise_alpha), which makes each pass another")
+    if arguments.world_size > 1:
+        reasons.append("several processes, whose gradients are averaged around the plain pass")
     if arguments.torch_compile:
         reasons.append("the model is compiled, and compiled code cannot be entered in the middle")
     if reasons:

@@ -74,6 +74,7 @@ class Outside:
     def __init__(self, reft: BoundModel, stack: BlockStack, store: ConeStore) -> None:
         self._reft, self._stack, self._store = reft, stack, store
         self.extras: list[int] = []
+        self._full = False
         self._versions: tuple[int, ...] = ()
         self._state: Any = None
         self._identity = b""
@@ -104,8 +105,8 @@ class Outside:
 
     def fill(self, parts: Sequence[Part], count: int) -> bool:
         """Make and keep what a batch needs; whether there was room for all of it."""
-        _, found = self._found(parts, count)
-        return all(key in self._store for key in found)
+        self._found(parts, count)
+        return not self._full
 
     def _found(
         self, parts: Sequence[Part], count: int
@@ -175,7 +176,9 @@ class Outside:
             if hidden is not None:
                 made[inside] = hidden[row, part.start : part.stop].clone()
         for key, value in made.items():
-            self._store.put(key, value)
+            # Once there was no room nothing more is kept: whether a later entry still fits would depend on
+            # the order of visits, and so would its last digits.
+            self._full = self._full or not self._store.put(key, value)
         return made
 
     @torch.no_grad()

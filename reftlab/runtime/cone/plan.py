@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from reftlab.errors import RunError
 from reftlab.plotting import cone_figure
 from reftlab.runtime.cone.value import Cone, cone_of
 from reftlab.runtime.cone.work import Work, work_of
@@ -88,10 +89,16 @@ class ConePlan:
         return pd.DataFrame(lines)
 
     def plot(self, row: int = 0) -> Figure:
-        """Blocks × tokens of one row: computed, cached, skipped, and where each edit acts."""
+        """Blocks × tokens of one row: computed, cached, skipped, and where each edit acts.
+
+        Raises:
+            RunError: there is no such row, or the model's blocks are not known.
+        """
         cone = self.cone
-        if not 0 <= row < cone.rows:
-            raise IndexError(f"row={row}: the batch has rows 0 to {cone.rows - 1}")
+        if type(row) is not int or not 0 <= row < cone.rows:
+            raise RunError(f"row={row!r}: the batch has rows 0 to {cone.rows - 1}")
+        if not cone.blocks:
+            raise RunError(f"there is no figure of blocks that are not known: {'; '.join(cone.why)}")
         edits = [(r.name, r.block, start) for r in cone.reaches if (start := r.starts[row]) is not None]
         return cone_figure(
             self.tokens[row],
@@ -110,15 +117,13 @@ class ConePlan:
 def cone_plan(bound: BoundModel, batch: Mapping[str, Any]) -> ConePlan:
     """Work out the plan of a batch; arguments and errors as for `cone_of`."""
     cone = cone_of(bound, batch)
-    mask = batch.get("attention_mask")
-    tokens = []
-    for row, ids in enumerate(batch["input_ids"].tolist()):
+    mask, given = batch.get("attention_mask"), batch.get("input_ids")
+    tokens = [tuple(str(number) for number in range(length)) for length in cone.lengths]
+    tokenizer: Any = bound.tokenizer
+    for row, ids in enumerate([] if given is None or tokenizer is None else given.tolist()):
         real = ids if mask is None else [i for i, here in zip(ids, mask[row].tolist(), strict=True) if here]
-        if bound.tokenizer is None:
-            tokens.append(tuple(str(number) for number in range(len(real))))
-        else:
-            # Letters such as emojis are spread over several tokens, which are no text of their own.
-            tokens.append(tuple(str(bound.tokenizer.decode([i])).replace("\ufffd", "·") for i in real))
+        # Letters such as emojis are spread over several tokens, which are no text of their own.
+        tokens[row] = tuple(str(tokenizer.decode([i])).replace("\ufffd", "·") for i in real)
     return ConePlan(cone, work_of(bound.model, cone), tuple(tokens))
 
 

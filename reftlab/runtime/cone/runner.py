@@ -72,12 +72,16 @@ class ConeRunner:
     def __init__(self, reft: BoundModel, store: ConeStore | None = None) -> None:
         self.reft = reft
         self.store = ConeStore() if store is None else store
-        self._stack = BlockStack.of(reft.model)
-        self._outside = None if self._stack is None else Outside(reft, self._stack, self.store)
+        self._plain: dict[str, None] = {}
+        self._look()
+
+    def _look(self) -> None:
+        """Take note of the model's blocks, and nothing yet of how they behave."""
+        self._stack = BlockStack.of(self.reft.model)
+        self._outside = None if self._stack is None else Outside(self.reft, self._stack, self.store)
         self._reasons: dict[tuple[bool, bool], tuple[str, ...]] = {}
         self._different: tuple[str, ...] = ()
         self._checked: set[tuple[int, bool]] = set()
-        self._plain: dict[str, None] = {}
 
     @property
     def why_plain(self) -> tuple[str, ...]:
@@ -125,6 +129,8 @@ class ConeRunner:
 
     def _usable(self, batch: Mapping[str, Any], cone: Cone | None = None) -> Cone | None:
         """The cone of a batch, or None, and a note in `why_plain`, where everything must run."""
+        if self._stack is not None and not self._stack.stands_in(self.reft.model):
+            self._look()
         cone = self.cone(batch) if cone is None else cone
         if cone.share > _WORTH_IT and not cone.why:
             cone = replace(cone, why=(f"the cone is {cone.share:.0%} of everything",))
@@ -241,8 +247,9 @@ def _goes_with(reft: BoundModel, rows: int) -> bool:
     """Whether the graph's own positions are meant for batches of so many rows."""
     try:
         for edit in reft.edits:
-            for node in (edit, *edit.reads):
-                node.positions.check_rows(rows)
+            edit.positions.check_rows(rows)
+            for read in edit.reads:
+                read.positions.check_rows(rows)
     except PositionError:
         return False
     return True

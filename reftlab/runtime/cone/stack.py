@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -58,6 +59,13 @@ class BlockStack:
         before = _sites(model, "embed.output")
         norm = () if stack is None or stack.final_norm is None else _sites(model, "final_norm.output")
         return cls(paths, tuple(model.get_submodule(path) for path in paths), head, before, (*norm, head))
+
+    def stands_in(self, model: nn.Module) -> bool:
+        """Whether the model's blocks are still these."""
+        try:
+            return all(map(is_, map(model.get_submodule, self.paths), self.blocks))
+        except AttributeError:
+            return False
 
     def block_of(self, module: str) -> int | None:
         """Which block a module is, or is inside of; None where it is in none."""
@@ -116,7 +124,9 @@ def reasons_against(model: nn.Module, *, training: bool | None = None) -> tuple[
     stack = BlockStack.of(model)
     if stack is None and not reasons:
         reasons.append(f"the chain of blocks of {type(inner).__name__} is not known")
-    if stack is not None and len(set(stack.blocks)) < len(stack):
+    if any(getattr(config, "is_prompt_learning", False) for config in _adapters(model)):
+        reasons.append("PEFT puts tokens of its own before each text")
+    if stack is not None and _has_more(model, stack):
         reasons.append("a block runs more than once")
     if any(hooks for name, hooks in vars(nn.modules.module).items() if name in _GLOBAL_HOOKS):
         reasons.append("torch carries hooks of all modules, which would not see every pass")
@@ -153,6 +163,18 @@ def _dropout(model: nn.Module, training: bool | None) -> str | None:
     return None
 
 
+def _adapters(model: nn.Module) -> tuple[Any, ...]:
+    """The configurations of PEFT's adapters, if it has wrapped the model."""
+    found = getattr(model, "peft_config", None)
+    return tuple(found.values()) if isinstance(found, dict) else ()
+
+
+def _has_more(model: nn.Module, stack: BlockStack) -> bool:
+    """Whether some block stands under several numbers, of which a path names only one."""
+    whole = model.get_submodule(stack.paths[0].rpartition(".")[0])
+    return isinstance(whole, nn.ModuleList) and len(whole) != len(stack)
+
+
 def _follows_length(module: nn.Module) -> bool:
     """Whether a module's rotary frequencies depend on the whole batch: `dynamic` and `longrope`."""
     kind = getattr(module, "rope_type", None)
@@ -173,7 +195,7 @@ def _foreign_hooks(module: nn.Module) -> bool:
 
 
 def cache_of(
-    layers: Sequence[tuple[Float[Tensor, "row head token k"], Float[Tensor, "row head token v"]]],
+    layers: Sequence[tuple[Float[Tensor, "_ head token k"], Float[Tensor, "_ head token v"]]],
 ) -> Any:
     """A key-value cache of given contents, for a pass that continues it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 import threading
@@ -150,7 +151,22 @@ class _File:
         self._file.close()
 
 
-def _free_memory() -> int:
+_LIMITS = (
+    ("memory.max", "memory.current", "file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_cache"),
+)
+"""A container's limit, its use, and what of that is given back on demand, in both versions of cgroups."""
+
+
+def _free_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of memory that are free, in this container where it has a limit."""
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    free = int(psutil.virtual_memory().available)
+    for limit, used, cache in _LIMITS:
+        # Elsewhere than in a container there are no such files, or no number in them.
+        with contextlib.suppress(OSError, ValueError):
+            lines = (groups / limit).with_name("memory.stat").read_text().splitlines()
+            cached = next((int(size) for name, size in map(str.split, lines) if name == cache), 0)
+            free = min(free, int((groups / limit).read_text()) - int((groups / used).read_text()) + cached)
+    return max(0, free)

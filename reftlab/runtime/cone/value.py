@@ -146,8 +146,6 @@ def cone_of(
                 reaches.append(_reach(node, edit, block, chooser, layout, options))
     targets = _targets(batch, layout)
     blocks = 0 if stack is None else len(stack)
-    if why:
-        return Cone(blocks, 0, (0,) * len(lengths), lengths, lengths, targets, tuple(reaches), tuple(why))
     # By all edits, those of other rows' tasks too, so that one example is kept for one first block.
     first = min((reach.block for reach in reaches), default=blocks)
     starts, stops = [], []
@@ -157,10 +155,12 @@ def cone_of(
         starts.append(min([*begin, *wanted[:1]], default=0))
         # All of the prompt, from whose end positions may count, also in a row without labels.
         stops.append(max(len(layout.prompts[row]), *end, *(token + 1 for token in wanted[-1:])))
-    if first == 0 and not any(starts):
+    if reaches and first == 0 and not any(starts):
         at = next(reach.name for reach in reaches if reach.block == 0)
         why.append(f"{at!r} acts before block 0, and the first tokens of all rows count")
-    return Cone(blocks, first, tuple(starts), tuple(stops), lengths, targets, tuple(reaches), tuple(why))
+    if why:
+        return Cone(blocks, 0, (0,) * len(lengths), lengths, lengths, targets, tuple(reaches), tuple(why))
+    return Cone(blocks, first, tuple(starts), tuple(stops), lengths, targets, tuple(reaches))
 
 
 def _nodes(bound: BoundModel, options: Options) -> Iterator[tuple[BoundEdit | BoundRead, BoundEdit]]:

@@ -3,7 +3,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint notebooks clean
+.PHONY: demo test lint notebooks bench clean
 
 demo: $(READY)  ## train, use, save and explain edits on the embedded chat model
 	@$(BIN)/reftlab demo
@@ -20,6 +20,9 @@ lint: $(READY)  ## check style, types and the floors
 
 notebooks: $(READY)  ## execute the notebooks in place
 	@$(BIN)/jupyter nbconvert --log-level WARN --to notebook --inplace --execute notebooks/*.ipynb
+
+bench: $(READY)  ## measure against plain hooks and the peers, each in its own environment (about half an hour)
+	@$(BIN)/python analyses/benchmarks/peers/bench.py
 
 clean:
 	rm -rf .venv out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -78,6 +79,7 @@ class Outside:
         self._versions: tuple[int, ...] = ()
         self._state: Any = None
         self._identity = b""
+        self._room = torch.empty(0)
         self._samples: list[Tensor] = []
         self._seen: list[Tensor] = []
         self._switches: list[Any] = []
@@ -98,7 +100,7 @@ class Outside:
             self._pass([replace(parts[0], start=0, stop=1)], count)
         past = None
         if count < len(self._stack):
-            past = _past(parts, [before for before, _ in keys], found, device)
+            past = self._past(parts, [before for before, _ in keys], found, device)
         if not count:
             return past, torch.empty(len(parts), 0, 0, device=device)
         return past, _hidden(parts, [inside for _, inside in keys], found, device)
@@ -129,6 +131,33 @@ class Outside:
             made = self._make([parts[row] for row in missing], [keys[row] for row in missing], count)
             found = {**made, **found}
         return keys, found
+
+    def _past(
+        self,
+        parts: Sequence[Part],
+        keys: Sequence[list[bytes]],
+        found: dict[bytes, Tensor],
+        device: torch.device,
+    ) -> Tensor | None:
+        """Keys and values of all rows, in the same memory at each call: caches copy what they continue."""
+        width = max(part.start for part in parts)
+        if not width:
+            return None
+        one = next(found[before[0]] for before in keys if before)
+        blocks, two, heads, _, size = one.shape
+        shape = blocks, two, len(parts), heads, width, size
+        if self._room.numel() < math.prod(shape) or (self._room.dtype, self._room.device) != (
+            one.dtype,
+            device,
+        ):
+            self._room = torch.empty(math.prod(shape), dtype=one.dtype, device=device)
+        past = self._room[: math.prod(shape)].view(shape)
+        for row, (part, before) in enumerate(zip(parts, keys, strict=True)):
+            past[:, :, row, :, : width - part.start] = 0
+            for number, key in enumerate(before):
+                value, begin = found[key], width - part.start + number * _TOGETHER
+                past[:, :, row, :, begin : begin + value.shape[3]] = value.to(device, non_blocking=True)
+        return past
 
     def _root(self, count: int) -> bytes:
         """What entries of this model, as it is now, begin with."""
@@ -257,22 +286,6 @@ def _keys(root: bytes, part: Part) -> tuple[list[bytes], bytes]:
         before.append(chain)
     inside = hashlib.blake2b(chain + b"in" + array("q", part.suffix).tobytes(), digest_size=16).digest()
     return before, inside
-
-
-def _past(
-    parts: Sequence[Part], keys: Sequence[list[bytes]], found: dict[bytes, Tensor], device: torch.device
-) -> Tensor | None:
-    width = max(part.start for part in parts)
-    if not width:
-        return None
-    one = next(found[before[0]] for before in keys if before)
-    blocks, two, heads, _, size = one.shape
-    past = torch.zeros(blocks, two, len(parts), heads, width, size, dtype=one.dtype, device=device)
-    for row, (part, before) in enumerate(zip(parts, keys, strict=True)):
-        for number, key in enumerate(before):
-            value, begin = found[key], width - part.start + number * _TOGETHER
-            past[:, :, row, :, begin : begin + value.shape[3]] = value.to(device, non_blocking=True)
-    return past
 
 
 def _hidden(

@@ -168,46 +168,45 @@ class ConeRunner:
         assert self._stack is not None
         assert self._outside is not None
         model, reft, count = self.reft.model, self.reft, cone.first_block
-        device = batch["input_ids"].device
-        parts = _parts(batch, cone)
-        past, hidden = self._outside.gather(parts, count, device)
-        before = max(part.start for part in parts)
-        width = max(len(part.suffix) for part in parts)
-        arranged = _arranged(parts, before, width, device)
-        mask, answered, ids = arranged["mask"], arranged["answered"], arranged["ids"]
-        inputs: dict[str, Any] = {
-            "input_ids": ids[:, before:],
-            "attention_mask": mask,
-            "position_ids": arranged["numbers"][:, before:],
-        }
-        inputs = {name: value for name, value in inputs.items() if name in reft._calls._takes}
-        if before:
-            like = hidden[:, None] if past is None else past[0, 0]
-            placeholder = zeros(like.shape[0], like.shape[1], before, like.shape[3], like)
-            layers = [(placeholder, placeholder)] * count
-            layers += [] if past is None else [(kv[0], kv[1]) for kv in past]
-            inputs |= {"past_key_values": cache_of(layers), "use_cache": True}
-        else:
-            inputs["use_cache"] = False
-        options = Options.of(reft.graph, **{name: batch[name] for name in _OF_EDITS if name in batch})
+        parts, device = _parts(batch, cone), batch["input_ids"].device
         rows, columns = _places(cone, parts)
-        layout = Layout._of_masks(mask.bool().cpu(), answered.cpu(), ids, False)
+        options = Options.of(reft.graph, **{name: batch[name] for name in _OF_EDITS if name in batch})
         for intervention in reft.interventions.values():
             forget_pass(intervention)
-        run = reft._run(BASE, {"tokens": layout}, {}, options)
-        extras = self._outside.extras[:count]
-        gathers = all(bound.site.module != self._stack.head for bound in run.edits)
         with turn_of(model), contextlib.ExitStack() as stack:
+            past, hidden = self._outside.gather(parts, count, device)
+            arranged = _arranged(parts, device)
+            real, answered = arranged.mask.bool().cpu(), arranged.answered.bool().cpu()
+            layout = Layout._of_masks(real, answered, arranged.ids, False)
+            run = reft._run(BASE, {"tokens": layout}, {}, options)
+            gathers = all(bound.site.module != self._stack.head for bound in run.edits)
             if count:
-                stack.enter_context(skipping(self._stack, count, hidden, extras))
+                stack.enter_context(skipping(self._stack, count, hidden, self._outside.extras[:count]))
             if gathers:
                 stack.enter_context(_only(model.get_submodule(self._stack.head), rows, columns))
-            output = reft._call(run, model, (), inputs)
+            output = reft._call(run, model, (), self._inputs(arranged, past, hidden, count))
         run.check_touched(True, False)
         logits = output.logits[0] if gathers else output.logits[rows.to(device), columns.to(device)]
         pairs = zip(parts, cone.targets, strict=True)
         labels = torch.tensor([part.labels[token + 1] for part, targets in pairs for token in targets])
         return Predictions(logits, labels.to(logits.device), rows)
+
+    def _inputs(self, arranged: _Arranged, past: Tensor | None, hidden: Tensor, count: int) -> dict[str, Any]:
+        """The arguments of a pass over the tokens in the cone, which continues those before it."""
+        before = arranged.before
+        inputs: dict[str, Any] = {
+            "input_ids": arranged.ids[:, before:],
+            "attention_mask": arranged.mask,
+            "position_ids": arranged.numbers[:, before:],
+        }
+        inputs = {name: value for name, value in inputs.items() if name in self.reft._calls._takes}
+        if not before:
+            return inputs | {"use_cache": False}
+        like = hidden[:, None] if past is None else past[0, 0]
+        placeholder = zeros(like.shape[0], like.shape[1], before, like.shape[3], like)
+        layers = [(placeholder, placeholder)] * count
+        layers += [] if past is None else [(kv[0], kv[1]) for kv in past]
+        return inputs | {"past_key_values": cache_of(layers), "use_cache": True}
 
     def _compare(self, batch: Mapping[str, Any], cone: Cone) -> None:
         """Run a part of a batch both ways, and note in `why` if the two differ."""
@@ -275,22 +274,32 @@ def _parts(batch: Mapping[str, Any], cone: Cone) -> list[Part]:
     return parts
 
 
-def _arranged(parts: Sequence[Part], before: int, width: int, device: torch.device) -> dict[str, Tensor]:
-    """Each row's tokens before the cone, up to column `before`, and those in it, from there on."""
-    shape = len(parts), before + width
-    found = {
-        "ids": torch.zeros(shape, dtype=torch.long),
-        "mask": torch.zeros(shape, dtype=torch.long),
-        "numbers": torch.zeros(shape, dtype=torch.long),
-        "answered": torch.zeros(shape, dtype=torch.bool),
-    }
+class _Arranged(NamedTuple):
+    """Each row's tokens before the cone, up to column `before`, and those in it, from there on.
+
+    Attributes:
+        before: how many columns stand before the cone.
+        ids, mask, numbers, answered: `(row, column)`; `numbers` count each row's real tokens.
+    """
+
+    before: int
+    ids: Tensor
+    mask: Tensor
+    numbers: Tensor
+    answered: Tensor
+
+
+def _arranged(parts: Sequence[Part], device: torch.device) -> _Arranged:
+    before = max(part.start for part in parts)
+    shape = len(parts), before + max(len(part.suffix) for part in parts)
+    ids, mask, numbers, answered = (torch.zeros(shape, dtype=torch.long) for _ in range(4))
     for row, part in enumerate(parts):
         here = slice(before - part.start, before + len(part.suffix))
-        found["ids"][row, here] = torch.tensor(part.ids[: part.stop])
-        found["answered"][row, here] = torch.tensor(part.answered[: part.stop], dtype=torch.bool)
-        found["mask"][row, here] = 1
-        found["numbers"][row, here] = torch.arange(part.stop)
-    return {name: value.to(device) for name, value in found.items()}
+        ids[row, here] = torch.tensor(part.ids[: part.stop])
+        answered[row, here] = torch.tensor(part.answered[: part.stop]).long()
+        mask[row, here] = 1
+        numbers[row, here] = torch.arange(part.stop)
+    return _Arranged(before, *(value.to(device) for value in (ids, mask, numbers, answered)))
 
 
 def _places(cone: Cone, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from reftlab.collecting.rows import ReadyBatches, TokenRows
 from reftlab.errors import DataError
 from reftlab.graph import Read
 from reftlab.runtime import BoundModel
+from reftlab.runtime.digest import model_digest
 from reftlab.runtime.saving import signature_of
 from reftlab.training.checkpoints import graph_digest
 from reftlab.training.replies import PromptForm
@@ -78,7 +79,7 @@ def settings_of(
         "sites": [_short(repr(node)) for node in nodes],
         "model": signature["class"],
         "model_dtype": signature.get("dtype"),
-        "weights": signature["fingerprint"],
+        "weights": model_digest(reft.model),
         "edits": edits,
         "graph": graph_digest(reft.graph) if edits else None,
         "interventions": _values_digest(reft) if edits else None,

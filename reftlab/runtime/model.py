@@ -322,16 +322,20 @@ class BoundModel(nn.Module):
 
         return derived(self._unfolded(), self.graph.rename(names), names)
 
-    def plan(self, batch: Mapping[str, Any] | None = None) -> Plan:
+    def plan(
+        self, batch: Mapping[str, Any] | None = None, *, training: bool = True, train_model: bool = False
+    ) -> Plan:
         """What this object does in a forward pass, in words and as a table.
 
         Args:
             batch: inputs as `forward` takes them, such as the tokenizer's output or `rl.training_batch`;
                 with them the plan says which part of the pass the edits can change, see `Plan.cone`.
+            training: whether the pass is one of a training, in which the model's own dropout acts.
+            train_model: as for `rl.train`.
         """
         from reftlab.runtime.plan import plan_of
 
-        return plan_of(self, batch)
+        return plan_of(self, batch, training=training, train_model=train_model)
 
     def fold(self, *names: str) -> BoundModel:
         """Put the named edits, or all, into the model's weights, where they cost nothing.

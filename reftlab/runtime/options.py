@@ -15,7 +15,10 @@ from reftlab.errors import ReftlabError, RunError, did_you_mean
 from reftlab.graph import BASE, Edit, InterventionGraph
 from reftlab.interventions.base import number
 
-__all__ = ["Options"]
+__all__ = ["PER_CALL", "Options"]
+
+PER_CALL = ("tasks", "positions", "scale", "subspace", "select")
+"""What a call may say of its edits, by the names of its arguments."""
 
 Directions = tuple[int, ...] | None
 

@@ -119,7 +119,7 @@ class Plan:
         return f"<div><p>{head}</p><table><tr>{titles}</tr>{body}</table>{cone}</div>"
 
 
-def plan_of(bound: BoundModel, batch: Mapping[str, Any] | None = None) -> Plan:
+def plan_of(bound: BoundModel, batch: Mapping[str, Any] | None = None, **of_batch: bool) -> Plan:
     """Work out the plan of a bound model, and of a batch of inputs where one is given."""
     counted: set[int] = set()
     steps = [(edit.edit.run, edit.order, 1, _edit_step(bound, edit, counted)) for edit in bound.edits]
@@ -133,7 +133,7 @@ def plan_of(bound: BoundModel, batch: Mapping[str, Any] | None = None) -> Plan:
         runs,
         tuple(step[3] for step in steps),
         sum(parameter.numel() for parameter in bound.model.parameters()),
-        None if batch is None else cone_plan(bound, batch),
+        None if batch is None else cone_plan(bound, batch, **of_batch),
     )
 
 

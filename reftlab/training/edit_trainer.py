@@ -55,7 +55,11 @@ class EditTrainer(Trainer):
     ) -> Any:
         """The answer loss of a batch and the penalties of its pass."""
         items = num_items_in_batch if self.model_accepts_loss_kwargs else None
-        loss, outputs = (None if self.runner is None else self.runner.loss(inputs, items)), None
+        loss, outputs = None, None
+        if self.runner is not None:
+            # What accelerate puts around the bound model's forward, which the runner does not call.
+            with self.accelerator.autocast():
+                loss = self.runner.loss(inputs, items)
         if loss is None:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         else:
@@ -94,9 +98,9 @@ class EditTrainer(Trainer):
     ) -> dict[str, float]:
         """Measure the exact mean over all answer tokens, where the Trainer's own averages over batches."""
         data = self.eval_dataset if eval_dataset is None else eval_dataset
-        loss = mean_loss(
-            self.model, data, self.data_collator, self.args.per_device_eval_batch_size, self.runner
-        )
+        with self.accelerator.autocast():
+            rows = self.args.per_device_eval_batch_size
+            loss = mean_loss(self.model, data, self.data_collator, rows, self.runner)
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]

@@ -31,8 +31,8 @@ def runner_for(
         reasons.append("cone=False")
     if train_model:
         reasons.append("parameters of the model itself learn (train_model=True)")
-    if arguments.bf16 or arguments.fp16:
-        reasons.append("mixed precision, whose casts differ from pass to pass")
+    if arguments.fp16:
+        reasons.append("float16 mixed precision, whose loss is scaled; bf16=True runs on the cone")
     if arguments.label_smoothing_factor:
         reasons.append("label smoothing, which the Trainer works out from all logits")
     if arguments.gradient_checkpointing:

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -39,9 +39,6 @@ from reftlab.training.surroundings import (
     quiet,
     temporary_folder,
 )
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["train"]
 
@@ -198,7 +195,8 @@ def train(
         started = time.perf_counter()
         if runner is not None and visits_all(arguments, len(encoded)):
             reft.train()
-            prepare(runner, encoded, collator, batch_size, progress)
+            with trainer.accelerator.autocast():
+                prepare(runner, encoded, collator, batch_size, progress)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         seconds = time.perf_counter() - started
         learned = {**dict(reft.interventions.named_parameters()), **learning_in(reft.model)}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from reftlab.runtime.cone.stack import BlockStack, extras_of
 from reftlab.runtime.cone.store import ConeStore
+from reftlab.runtime.digest import ADAPTER_SWITCHES
 from reftlab.runtime.hooks import OwnedHooks, StopForward, turn_of
 from reftlab.runtime.window import IGNORED_LABEL
 
@@ -27,9 +28,8 @@ __all__ = ["Outside", "Part"]
 _TOGETHER = 16
 """How many tokens' keys and values make one entry; examples share the entries of their common beginning."""
 
-_OF_ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
-"""What PEFT's layers note of the adapters that act, which changes their outputs and no number."""
 _PARTS = 1024
+"""A tensor's numbers are summed in so many parts, so that numbers that change places are seen."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class Outside:
             versions,
             getattr(config, "_attn_implementation", ""),
             torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
-            [tuple(str(vars(layer).get(name)) for name in _OF_ADAPTERS) for layer in self._switches],
+            [tuple(str(vars(layer).get(name)) for name in ADAPTER_SWITCHES) for layer in self._switches],
         )
         if state != self._state or not all(map(torch.equal, seen, self._seen)):
             facts = (type(model).__name__, str(config), state, [_sums(t) for t in tensors])

@@ -114,9 +114,11 @@ class ConePlan:
         return f"<pre>{html.escape(str(self))}</pre>"
 
 
-def cone_plan(bound: BoundModel, batch: Mapping[str, Any]) -> ConePlan:
+def cone_plan(
+    bound: BoundModel, batch: Mapping[str, Any], *, training: bool = True, train_model: bool = False
+) -> ConePlan:
     """Work out the plan of a batch; arguments and errors as for `cone_of`."""
-    cone = cone_of(bound, batch)
+    cone = cone_of(bound, batch, training=training, train_model=train_model)
     mask, given = batch.get("attention_mask"), batch.get("input_ids")
     tokens = [tuple(str(number) for number in range(length)) for length in cone.lengths]
     tokenizer: Any = bound.tokenizer

@@ -21,7 +21,7 @@ from reftlab.runtime.cone.store import ConeStore
 from reftlab.runtime.cone.value import Cone, cone_of
 from reftlab.runtime.hooks import turn_of
 from reftlab.runtime.modes import evaluating
-from reftlab.runtime.options import Options
+from reftlab.runtime.options import PER_CALL, Options
 from reftlab.runtime.window import Layout
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ _WORTH_IT = 0.9
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 _COARSE = 0.05
 """Largest difference of logits from the plain run's, as a share of their range."""
-_OF_EDITS = ("tasks", "positions", "scale", "subspace", "select")
 
 
 class Predictions(NamedTuple):
@@ -58,7 +57,8 @@ class ConeRunner:
     the cone is put into a store: keys and values of the tokens before the cone, and what enters the
     first block that must run. From then on only the cone runs. The numbers are those of a plain run up
     to the order of additions; the first batch is run both ways, and if they differ, everything is run
-    plainly and `why` says so.
+    plainly and `why` says so. What else speaks against the cone (dropout, foreign hooks, …) is looked up
+    once for each mode of the model.
 
     Args:
         reft: the bound model.
@@ -170,7 +170,7 @@ class ConeRunner:
         model, reft, count = self.reft.model, self.reft, cone.first_block
         parts, device = _parts(batch, cone), batch["input_ids"].device
         rows, columns = _places(cone, parts)
-        options = Options.of(reft.graph, **{name: batch[name] for name in _OF_EDITS if name in batch})
+        options = Options.of(reft.graph, **{name: batch[name] for name in PER_CALL if name in batch})
         for intervention in reft.interventions.values():
             forget_pass(intervention)
         with turn_of(model), contextlib.ExitStack() as stack:
@@ -219,10 +219,7 @@ class ConeRunner:
         devices = [reft.device] if reft.device.type == "cuda" else []
         with torch.no_grad(), evaluating(reft), torch.random.fork_rng(devices):
             torch.manual_seed(0)
-            plain = reft(
-                **{name: value for name, value in part.items() if name != "labels"}
-                | {"labels": part["labels"]}
-            ).logits
+            plain = reft(**part).logits
             small = cone_of(reft, part, reasons=())
             torch.manual_seed(0)
             try:

@@ -33,7 +33,9 @@ class ConeStore:
 
     What does not fit is computed anew each time it is needed, so a small budget costs time and never
     changes a result. Nothing is thrown out for something newer: epochs visit all examples in turn, and
-    whatever a newcomer displaced would be missed as soon.
+    whatever a newcomer displaced would be missed as soon. Entries are found by tokens and by the model's
+    numbers. Changes of these are seen at once, except such as go past torch's own count of them
+    (`weight.data[3] += 1`) and past the numbers that are sampled in every batch; a new training sees all.
 
     Args:
         memory: bytes to keep in memory, a number or `"4GB"`; a quarter of what is free unless given.

@@ -14,7 +14,7 @@ from reftlab.errors import RunError
 from reftlab.graph import BASE
 from reftlab.runtime.choose import Chooser
 from reftlab.runtime.cone.stack import BlockStack, reasons_against
-from reftlab.runtime.options import Options
+from reftlab.runtime.options import PER_CALL, Options
 from reftlab.runtime.places import BoundEdit, BoundRead
 from reftlab.runtime.window import IGNORED_LABEL, Layout
 
@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Cone", "Reach", "cone_of"]
 
-_OF_EDITS = ("tasks", "positions", "scale", "subspace", "select")
 _KNOWN = frozenset({
-    *_OF_EDITS, "input_ids", "attention_mask", "labels", "position_ids", "inputs_embeds", "past_key_values",
+    *PER_CALL, "input_ids", "attention_mask", "labels", "position_ids", "inputs_embeds", "past_key_values",
     "sources", "use_cache", "return_dict", "output_attentions", "output_hidden_states",
 })  # fmt: skip
 _OF_THE_CALL = ("reads", "prompt", "num_items_in_batch")
@@ -106,6 +105,7 @@ def cone_of(
     bound: BoundModel,
     batch: Mapping[str, Any],
     *,
+    training: bool | None = None,
     train_model: bool = False,
     reasons: Sequence[str] | None = None,
 ) -> Cone:
@@ -116,6 +116,7 @@ def cone_of(
         batch: inputs as its `forward` takes them: `input_ids` and where given `attention_mask`, `labels`
             and `position_ids`, each `(row, token)`; `tasks`, `positions`, … as there. Without labels the
             last token's logits are wanted.
+        training: whether dropout of the model counts as active; its modules' own modes tell unless given.
         train_model: whether the model's own parameters learn, so that no value stays as it is.
         reasons: what `reasons_against` says of the model, where that is known already.
 
@@ -123,7 +124,7 @@ def cone_of(
         RunError: the batch holds no tokens.
         PositionError: a row lacks an edit's position.
     """
-    given = {name: batch[name] for name in _OF_EDITS if name in batch}
+    given = {name: batch[name] for name in PER_CALL if name in batch}
     options = Options.of(bound.graph, **given)
     layout = Layout.of(batch, causal=True)
     if layout is None:
@@ -131,7 +132,7 @@ def cone_of(
     options.check_rows(layout.rows)
     lengths = tuple(len(p) + len(a) for p, a in zip(layout.prompts, layout.answers, strict=True))
     stack = BlockStack.of(bound.model)
-    why = list(reasons_against(bound.model) if reasons is None else reasons)
+    why = list(reasons_against(bound.model, training=training) if reasons is None else reasons)
     if train_model:
         why.append("parameters of the model itself learn (train_model=True)")
     if bound._observers:
@@ -154,7 +155,7 @@ def cone_of(
         end = [stop for reach in reaches if (stop := reach.stops[row]) is not None]
         starts.append(min([*begin, *wanted[:1]], default=0))
         # All of the prompt, from whose end positions may count, also in a row without labels.
-        stops.append(max(len(layout.prompts[row]), *end, *(token + 1 for token in wanted[-1:])))
+        stops.append(max([len(layout.prompts[row]), *end, *(token + 1 for token in wanted[-1:])]))
     if reaches and first == 0 and not any(starts):
         at = next(reach.name for reach in reaches if reach.block == 0)
         why.append(f"{at!r} acts before block 0, and the first tokens of all rows count")

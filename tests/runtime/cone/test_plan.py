@@ -275,3 +275,15 @@ def test_what_the_plan_says_is_computed_is_what_runs() -> None:
     assert len(found.logits) == 4
     assert found.rows.tolist() == [0, 0, 0, 0]
     assert found.labels.tolist() == batch["input_ids"][0, 9:13].tolist()
+
+
+def test_a_plan_says_what_a_training_would_do_in_whatever_mode_the_model_is() -> None:
+    reft = bound("gpt2", edit())
+    reft.model.eval()
+    for module in reft.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
+    assert "dropout in the base model" in reft.plan(answered()).cone.cone.why[0]
+    assert reft.plan(answered(), training=False).cone.cone.why == ()
+    why = reft.plan(answered(), training=False, train_model=True).cone.cone.why
+    assert why == ("parameters of the model itself learn (train_model=True)",)

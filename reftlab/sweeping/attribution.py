@@ -34,8 +34,8 @@ def gradients(passes: Passes, sites: Sequence[SweptSite], measured: Measured) ->
         # The first site begins the graph, so that frozen models have one, and nothing before it is kept.
         tracked = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
         kept[site.name] = tracked
-        # A leaf would not bear a model that adds to its hidden state in place.
-        return tracked.clone() if tracked.is_leaf else tracked
+        # A copy, as a model that adds to its hidden state in place would make another tensor of this one.
+        return tracked.clone()
 
     def body(hooks: OwnedHooks, call: Callable[[], Any]) -> Tensor:
         acting(hooks, passes.reft.model, sites, track, lambda site: 1)

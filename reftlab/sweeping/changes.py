@@ -143,8 +143,9 @@ def checked_fill(fill: Any, sites: Sequence[SweptSite]) -> Any:
     if isinstance(fill, str):
         if fill not in ("zero", "mean", "position mean"):
             raise DataError(
-                f"fill={fill!r}: expected 'zero', 'mean' (over all tokens of all prompts), 'position "
-                "mean' (over the prompts, for each column), a vector, or a mapping from sites to vectors"
+                f"fill={fill!r}: expected 'zero', 'mean' (over all tokens of all clean prompts), "
+                "'position mean' (over the clean prompts, for each column), a vector, or a mapping from "
+                "sites to vectors"
             )
         return fill
     given = {site.name: _of_site(fill, site) for site in sites}
@@ -171,10 +172,11 @@ def means_of(
     """Mean vectors over prompts.
 
     Args:
-        recorded: each prompt's run.
+        recorded: each clean prompt's run.
         sites: the sites.
         columns: each prompt's columns.
-        fill: `mean`, over all tokens of all prompts; or `position mean`, over the prompts, for each column.
+        fill: `mean`, over all tokens of all clean prompts; or `position mean`, over the clean prompts, for
+            each column.
 
     Returns:
         By site `(width,)`; or, for `position mean`, a list with `(token, width)` for each column.

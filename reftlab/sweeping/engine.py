@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,7 @@ from reftlab.runtime.cone import BlockStack, reasons_against
 from reftlab.sweeping.passes import Passes, Patch, Recorded
 from reftlab.sweeping.prompts import Row
 from reftlab.sweeping.schedule import Batch, Job, schedule
-from reftlab.sweeping.sites import SweptSite, entry_of
+from reftlab.sweeping.sites import SweptSite, entry_of, kind_of
 from reftlab.sweeping.staircase import Staircase
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Engine:
         reasons = _reasons(reft, sites) if cone else ["cone=False"]
         self.why = tuple(reasons)
         self.stack = None if reasons else BlockStack.of(reft.model)
-        self._checked = False
+        self._checked: dict[tuple[Any, ...], Row] = {}
 
     @property
     def cone(self) -> bool:
@@ -83,8 +83,7 @@ class Engine:
 
     def unchanged(self, one: Row, other: Row | None) -> int:
         """Before which token two prompts' runs are the same, whatever rounding makes of it."""
-        edited = any(bound.edit.name not in self.reft._disabled for bound in self.reft.edits)
-        if not self.cone or edited or other is None or one.inputs.keys() != other.inputs.keys():
+        if not self.cone or self._edited or other is None or one.inputs.keys() != other.inputs.keys():
             return 0
         count = min(one.layouts["tokens"].width, other.layouts["tokens"].width)
         for key, value in one.inputs.items():
@@ -112,14 +111,13 @@ class Engine:
         if not self.cone or not isinstance(passes, Staircase):
             return passes.plain(rows)
         found = passes.logits(rows, start, tokens)
-        if self._checked:
+        chosen = self._unchecked(passes, rows)
+        if not chosen:
             return found
-        self._checked = True
-        # The row that enters first runs through most of what could go wrong.
-        first = min(range(len(rows)), key=lambda number: passes.entry(rows[number]))
-        whole = passes.plain([rows[first]])[0].double()
+        # Each alone, as what goes wrong may hang on the number of rows.
+        whole = torch.cat([passes.plain([rows[number]]) for number in chosen]).double()
         wanted = slice(None) if tokens is None else list(tokens)
-        apart = float((found[first].double() - whole)[wanted].abs().max())
+        apart = float((found[chosen].double() - whole)[:, wanted].abs().max())
         bound = float(torch.finfo(found.dtype).eps ** 0.5 * max(1.0, float(whole.std())))
         if apart <= bound:
             return found
@@ -129,6 +127,32 @@ class Engine:
         )
         self.stack = None
         return passes.plain(rows)
+
+    def _unchecked(self, passes: Staircase, rows: Sequence[Sequence[Patch]]) -> list[int]:
+        """Rows to compare with whole passes: of each kind of site the first and the last to enter.
+
+        The last of those that run through a block as well, where others enter behind the last block. It is
+        done once for each kind of site, and again for each prompt where edits are in force, which may act
+        at other tokens there.
+        """
+        assert self.stack is not None
+        own: dict[tuple[Any, ...], list[int]] = {}
+        for number, row in enumerate(rows):
+            for patch in row:
+                kind = kind_of(patch.site, self.stack)
+                own.setdefault((kind, id(passes.row) if self._edited else None), []).append(number)
+        chosen: set[int] = set()
+        for key, numbers in own.items():
+            if key not in self._checked:
+                self._checked[key] = passes.row
+                in_order = sorted(numbers, key=lambda number: passes.entry(rows[number]))
+                within = [n for n in in_order if passes.entry(rows[n]) < len(self.stack)]
+                chosen |= {in_order[0], *within[-1:], in_order[-1]}
+        return sorted(chosen)
+
+    @property
+    def _edited(self) -> bool:
+        return any(bound.edit.name not in self.reft._disabled for bound in self.reft.edits)
 
 
 def _entry(site: SweptSite, stack: BlockStack) -> int:
@@ -152,6 +176,10 @@ def _reasons(reft: BoundModel, sites: Sequence[SweptSite]) -> list[str]:
             continue
         if (bound.site.module, bound.site.side) in inputs:
             reasons.append(f"edit {bound.key!r} acts at a block's input, after the place where rows enter")
+        if bound.site.module == stack.head:
+            reasons.append(
+                f"edit {bound.key!r} acts at the head, which more rows reach than the call begins with"
+            )
         if "(row" in bound.place.axes.given:
             reasons.append(f"edit {bound.key!r} acts where rows and tokens share an axis")
         if bound.positions.joins > 1:

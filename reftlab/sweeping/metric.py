@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reftlab.errors import DataError
+from reftlab.sweeping.recognising import UnrecognisedError, fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -193,30 +192,16 @@ class _Own(Metric):
 
     def key(self) -> str:
         own = getattr(self.function, "key", None)
-        return str(own) if own is not None else _source_of(self.function)
-
-
-def _source_of(function: Any) -> str:
-    """The function's text and what it takes from around it; two of the same text measure the same."""
-    closure = getattr(function, "__closure__", None) or ()
-    held = [*(cell.cell_contents for cell in closure), *(getattr(function, "__defaults__", None) or ())]
-    shown = [
-        hashlib.sha256(v.detach().float().cpu().numpy().tobytes()).hexdigest()
-        if isinstance(v, Tensor)
-        else repr(v)
-        for v in held
-    ]
-    try:
-        text = inspect.getsource(function)
-    except (OSError, TypeError):
-        text = ""
-    if not text or any(" at 0x" in part for part in shown):
-        raise DataError(
-            f"metric={function!r} cannot be recognised again, so its results cannot be kept in "
-            "folder=; give the "
-            "function an attribute `key` that names what it measures, or leave folder= out"
-        )
-    return f"{text} {shown}"
+        if own is not None:
+            return f"key {own}"
+        try:
+            return f"code {fingerprint(self.function)}"
+        except UnrecognisedError as error:
+            raise DataError(
+                f"metric={self.function!r} cannot be recognised again, so its results cannot be kept in "
+                f"folder=: {error}; give the function an attribute `key` that names what it measures, or "
+                "leave folder= out"
+            ) from error
 
 
 def logit_diff(right: Answers, wrong: Answers) -> Metric:

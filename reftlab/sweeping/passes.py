@@ -219,7 +219,8 @@ class Passes:
             inputs |= {"past_key_values": cache, "use_cache": True}
 
         def keep(site: SweptSite, tensor: Tensor) -> None:
-            values[site.name] = tensor[0].detach()
+            # Falcon adds to what its MLP returned, in place.
+            values[site.name] = tensor[0].detach().clone()
 
         def body(hooks: OwnedHooks, call: Callable[[], Any]) -> Tensor:
             acting(hooks, self.reft.model, sites, keep, lambda site: 1)
@@ -263,11 +264,12 @@ class Passes:
     def _keep_states(self, hooks: OwnedHooks, hidden: dict[int, Tensor], extras: dict[int, int]) -> None:
         """Note what enters each block, what leaves the last, and what else they return."""
         assert self.stack is not None
-        count = len(self.stack)
+        count, names = len(self.stack), self.stack.paths
 
         def entering(number: int) -> Any:
             def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-                hidden[number] = get_input(module, args, kwargs, (), self.stack.paths[number])[0].detach()  # type: ignore[union-attr]
+                main = get_input(module, args, kwargs, (), names[number])
+                hidden[number] = main[0].detach().clone()
 
             return hook
 
@@ -275,7 +277,7 @@ class Passes:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 extras[number] = extras_of(output)
                 if number == count - 1:
-                    hidden[count] = get_output(output, (), self.stack.paths[number])[0].detach()  # type: ignore[union-attr]
+                    hidden[count] = get_output(output, (), names[number])[0].detach().clone()
 
             return hook
 
@@ -297,15 +299,22 @@ class Passes:
         hooks.on_input(self.reft.model.get_submodule(self._head), hook)
 
     @contextlib.contextmanager
-    def some_logits(self, tokens: tuple[int, ...] | None) -> Iterator[Callable[[Tensor], Tensor]]:
+    def some_logits(
+        self, tokens: tuple[int, ...] | None, rows: Sequence[Sequence[Patch]]
+    ) -> Iterator[Callable[[Tensor], Tensor]]:
         """Unembed only some tokens inside a `with` block, where that is the same for them.
+
+        Args:
+            tokens: which; None for all.
+            rows: the patches of the runs; those at the head itself are as wide as the vocabulary.
 
         Yields:
             What turns logits of those tokens into logits of all, which are 0 for the others.
         """
         head = None if self._head is None else self.reft.model.get_submodule(self._head)
-        edited = any(bound.site.module == self._head for bound in self.reft.edits)
-        if tokens is None or type(head) is not nn.Linear or edited or "forward" in vars(head):
+        acts = [bound.site.module for bound in self.reft.edits]
+        acts += [patch.site.site.module for row in rows for patch in row]
+        if tokens is None or type(head) is not nn.Linear or self._head in acts or "forward" in vars(head):
             yield lambda logits: logits
             return
         chosen = sorted(set(tokens))

@@ -123,7 +123,12 @@ class PathWork:
             self._compute(number, paths, done, measured)
             return done, runs[0], runs[1]
         # Nothing that any head could send differs between the two runs.
-        return dict.fromkeys(range(len(self.order)), runs[1 if denoising else 0]), runs[0], runs[1]
+        missing, unchanged = [n for n in range(len(self.order)) if n not in done], runs[1 if denoising else 0]
+        done.update(dict.fromkeys(missing, unchanged))
+        if self.store is not None and missing:
+            self.store.add_cells(number, missing, [unchanged] * len(missing))
+        self.advance(len(missing))
+        return done, runs[0], runs[1]
 
     def _compute(self, number: int, paths: Paths, done: dict[int, float], measured: Measured) -> None:
         """Run the paths that are not done, those into one block after those into another."""

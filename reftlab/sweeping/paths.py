@@ -13,13 +13,14 @@ from tqdm.auto import tqdm
 
 from reftlab.errors import DataError, RunError
 from reftlab.runtime import BoundModel
+from reftlab.runtime.digest import digest_of
 from reftlab.runtime.modes import evaluating
 from reftlab.sweeping.engine import Engine, check_edits
 from reftlab.sweeping.metric import as_metric
 from reftlab.sweeping.path_result import PathResult
 from reftlab.sweeping.path_work import Head, PathWork, Places
 from reftlab.sweeping.prompts import Columns, Pair, columns_of, read_pairs
-from reftlab.sweeping.store import CellStore, content_key, digest_of, model_digest
+from reftlab.sweeping.store import CellStore, bound_digest, content_key
 from reftlab.sweeping.sweep import as_bound
 
 if TYPE_CHECKING:
@@ -50,10 +51,11 @@ def sweep_paths(
     """Measure what each head tells each later head directly.
 
     For a sender and a receiver in a later block, the sender's result is replaced by that of the other
-    run, and everything between the two keeps the values of its own run, so that the change travels
-    through the residual stream alone. The receiver computes its result from that changed stream, in its
-    queries, keys, values or all three; only this result is put into a further run, everything after it
-    computes freely, and the metric is taken.
+    run, and the change travels to the receiver along the residual stream alone: all other heads and all
+    MLPs from the sender's block up to the receiver's are frozen, which is to say that what they add to
+    the stream is that of the unchanged run. Norms are not frozen. The receiver computes its result from
+    that changed stream, in its queries, keys, values or all three; only this result is put into a further
+    run, everything after it computes freely, and the metric is taken.
 
     Args:
         model: a bound model, whose edits stay in force, or a bare one with a known chain of blocks.
@@ -69,8 +71,10 @@ def sweep_paths(
         DataError, PositionError: as for `sweep`.
         RunError: the model's chain of blocks, heads, queries, keys or values are not known.
 
-    Source: Wang et al., "Interpretability in the Wild" (2022), section 3.1 and appendix B;
-    Goldowsky-Dill et al., "Localizing Model Behavior with Path Patching" (2023).
+    Source: path patching of direct edges between heads, as in Goldowsky-Dill et al., "Localizing Model
+    Behavior with Path Patching" (2023). Wang et al., "Interpretability in the Wild" (2022), section 3.1
+    and appendix B, freeze the other heads too but compute the MLPs between anew, so that their paths lead
+    through MLPs as well and their numbers differ from these.
 
     >>> rl.sweep_paths(model, clean, corrupt, rl.logit_diff(" Mary", " John"), inputs="q")  # doctest: +SKIP
     """
@@ -161,7 +165,7 @@ def _key(reft: BoundModel, pairs: Sequence[Pair], columns: Columns, rest: list[A
     return content_key(
         {
             "form": "paths 1",
-            "model": model_digest(reft),
+            "model": bound_digest(reft),
             "inputs": [{name: digest_of([value]) for name, value in row.inputs.items()} for row in rows],
             "columns": [[(c.clean, c.corrupt) for c in own] for own in columns.of_pairs],
             "rest": rest,

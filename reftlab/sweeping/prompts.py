@@ -98,13 +98,18 @@ def read_pairs(reft: BoundModel, clean: Any, corrupt: Any, tokenizer: Any) -> tu
 def _rows(reft: BoundModel, prompts: Any, tokenizer: Any, name: str) -> list[Row]:
     if isinstance(prompts, Mapping):
         given = reft._calls.forward_inputs(prompts)
-        sizes = {value.shape[0] for value in given.values() if isinstance(value, Tensor) and value.dim()}
+        # Models take one row of position ids for all rows.
+        shared = [n for n, v in given.items() if n.endswith("position_ids") and v.dim() == 2 and len(v) == 1]
+        sizes = {
+            v.shape[0] for n, v in given.items() if n not in shared and isinstance(v, Tensor) and v.dim()
+        }
         if len(sizes) != 1 or 0 in sizes:
             raise DataError(
                 f"{name}: expected a text, several, or the tokenizer's output with "
                 f"return_tensors='pt', not a mapping with {', '.join(map(str, prompts)) or 'nothing in it'}"
             )
         count = sizes.pop()
+        given |= {name: given[name].expand(count, -1) for name in shared}
         return [_row(reft, _cut(given, row), tokenizer, f"{name}[{row}]") for row in range(count)]
     texts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):

@@ -20,12 +20,13 @@ from reftlab.address import (
 )
 from reftlab.errors import AddressError, DataError, RunError
 from reftlab.runtime.cone import BlockStack
+from reftlab.runtime.options import Options
 from reftlab.runtime.places import Place
 
 if TYPE_CHECKING:
     from reftlab.runtime import BoundModel
 
-__all__ = ["SweptSite", "entry_of", "swept_sites"]
+__all__ = ["SweptSite", "entry_of", "kind_of", "swept_sites"]
 
 _LOCAL = ("attn.output", "attn.heads", "attn.q", "mlp.output")
 
@@ -67,7 +68,8 @@ def swept_sites(reft: BoundModel, sites: Any, heads: bool = False) -> tuple[Swep
     Raises:
         AddressError: a path that the model does not have, or one whose features are no heads.
         DataError: no sites, or one twice.
-        RunError: a site whose tensor has no axis of tokens and features.
+        RunError: a site whose tensor has no axis of tokens and features, or one that comes before a folded
+            edit acts.
     """
     paths = [sites] if isinstance(sites, str) else list(sites)
     if not paths or not all(isinstance(path, str) for path in paths):
@@ -79,7 +81,9 @@ def swept_sites(reft: BoundModel, sites: Any, heads: bool = False) -> tuple[Swep
     if twice:
         raise DataError(f"sites={sites!r} name {twice[0]} twice")
     # The bound model remembers what it has bound.
-    places = {str(read.site): read.place for read in reft._bound(tuple(paths), None)}
+    reads = reft._bound(tuple(paths), None)
+    reft._folds.check(reft, Options.of(reft.graph), reads)
+    places = {str(read.site): read.place for read in reads}
     stack = BlockStack.of(model)
     local = _local(model)
     swept = []
@@ -95,6 +99,11 @@ def swept_sites(reft: BoundModel, sites: Any, heads: bool = False) -> tuple[Swep
     if len(counts) > 1:
         raise DataError(f"sites={sites!r} have {sorted(counts)} heads; sweep those of one number at a time")
     return tuple(swept)
+
+
+def kind_of(site: SweptSite, stack: BlockStack) -> tuple[str, str, str]:
+    """What a site has in common with its like in other blocks: module inside the block, side and part."""
+    return _plain_name(site.site, site.block, stack)
 
 
 def entry_of(site: Site, stack: BlockStack) -> tuple[int, bool] | None:

@@ -70,7 +70,7 @@ class Staircase(Passes):
         def body(hooks: OwnedHooks, call: Callable[[], Any]) -> Tensor:
             batch.hook(hooks, self.reft.model)
             self._last_token_alone(hooks)
-            with batch.entering(), self._last_mlp(), self.some_logits(tokens) as spread:
+            with batch.entering(), self._last_mlp(), self.some_logits(tokens, rows) as spread:
                 return spread(logits_of(call())[:, -1].detach())
 
         with torch.no_grad():
@@ -236,7 +236,8 @@ class _Batch:
                 own = [(row, patch) for row, patch in patches if patch.site.name == site]
                 sites, act = patching(own, self._stairs.tokens)
                 entered = act(sites[0], entered)  # type: ignore[assignment]
-        return entered if before == 0 else torch.cat([hidden[:before], entered])
+        # A copy, as a model may write to its hidden state, and the base run's is needed again.
+        return entered.clone() if before == 0 else torch.cat([hidden[:before], entered])
 
 
 def _last_mlp_of(model: Any) -> str | None:

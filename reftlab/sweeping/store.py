@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reftlab.errors import ArtifactError
-from reftlab.runtime.wrapped import value_of
+from reftlab.runtime.digest import digest_of, model_digest
 
 if TYPE_CHECKING:
     from reftlab.runtime import BoundModel
 
-__all__ = ["CellStore", "content_key", "digest_of", "model_digest"]
+__all__ = ["CellStore", "bound_digest", "content_key"]
 
 
 class CellStore:
@@ -101,25 +101,9 @@ def _told(value: Any) -> str:
     return digest_of([value]) if isinstance(value, Tensor) else repr(value)
 
 
-def digest_of(tensors: Sequence[Tensor]) -> str:
-    """A hash of tensors: their types, shapes and numbers."""
-    digest = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        held = tensor.detach().contiguous().cpu()
-        digest.update(f"{held.dtype} {tuple(held.shape)}".encode())
-        digest.update(held.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def model_digest(reft: BoundModel) -> str:
-    """A hash of a model's configuration and weights, and of its edits."""
-    model = reft.model
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(repr((type(model).__name__, str(getattr(model, "config", "")))).encode())
-    for name, _ in model.named_parameters():
-        digest.update(name.encode() + digest_of([value_of(model, name)]).encode())
-    for name, buffer in model.named_buffers():
-        digest.update(name.encode() + digest_of([buffer]).encode())
+def bound_digest(reft: BoundModel) -> str:
+    """A hash of a bound model: of the model as it is now, and of the edits in force."""
+    digest = hashlib.blake2b(model_digest(reft.model).encode(), digest_size=16)
     active = [bound.key for bound in reft.edits if bound.edit.name not in reft._disabled]
     digest.update(repr((reft.graph, active)).encode())
     for name, tensor in reft.interventions.state_dict().items():

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from reftlab.errors import DataError
 from reftlab.graph import InterventionGraph
 from reftlab.runtime import BoundModel
+from reftlab.runtime.digest import digest_of
 from reftlab.runtime.modes import evaluating
 from reftlab.sweeping.changes import Changes, checked_fill, means_of
 from reftlab.sweeping.engine import Engine, check_edits
@@ -26,7 +27,7 @@ from reftlab.sweeping.passes import Passes
 from reftlab.sweeping.prompts import Columns, Pair, columns_of, read_pairs
 from reftlab.sweeping.result import SiteLabel, SweepResult
 from reftlab.sweeping.sites import SweptSite, swept_sites
-from reftlab.sweeping.store import CellStore, content_key, digest_of, model_digest
+from reftlab.sweeping.store import CellStore, bound_digest, content_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,8 +82,9 @@ def sweep(
         direction: for `patch`: `denoise` runs on the corrupted prompt and patches clean vectors in, `noise`
             runs on the clean prompt and patches corrupted ones in.
         heads: each head on its own; for `blocks[*].attn.heads`, `blocks[*].attn.q` and their like.
-        fill: for `ablate`: `zero`, `mean` (over all tokens of all prompts), `position mean` (over the
-            prompts, for each column), a vector `(width,)`, or vectors by site.
+        fill: for `ablate`: `zero`, `mean` (over all tokens of all clean prompts), `position mean` (over
+            the clean prompts, for each column), a vector `(width,)`, or vectors by site. Means take one
+            more run of each clean prompt.
         scale, samples, seed: for `noise`: its standard deviation, in standard deviations of the site's own
             numbers; how many draws each cell is the mean of; and their seed.
         attribution: whether to estimate every cell to first order too, with one backward pass.
@@ -93,7 +95,8 @@ def sweep(
         cone: False runs every cell as a whole pass.
         folder: where finished cells are kept. The same call with the same folder goes on where an
             earlier one was stopped; anything that changes the numbers starts a new sweep. A metric of your
-            own is told by its source text and what it holds, or by its attribute `key` where it has one.
+            own is told by its code and the values that this takes from elsewhere, or by its attribute `key`
+            where it has one.
         resume: False forgets what an earlier call left there.
         progress: whether to show a progress bar.
 
@@ -104,7 +107,8 @@ def sweep(
         DataError: prompts, a metric or an argument that cannot be used.
         PositionError: a position that a prompt lacks.
         AddressError: a site that the model does not have.
-        RunError: a site without tokens, or an edit that needs a run of its own.
+        RunError: a site without tokens, one inside what an edit is folded into, or an edit that needs a
+            run of its own.
 
     Source: activation patching as in Vig et al. (2020) and Meng et al. (2022); on directions and
     metrics, Heimersheim and Nanda, "How to use and interpret activation patching" (2024).
@@ -235,7 +239,7 @@ def _key(
     return content_key(
         {
             "form": 1,
-            "model": model_digest(reft),
+            "model": bound_digest(reft),
             "inputs": [{name: digest_of([value]) for name, value in row.inputs.items()} for row in rows],
             "corrupt": pairs[0].corrupt is not None,
             "sites": [(site.name, len(site.parts)) for site in sites],

@@ -66,6 +66,8 @@ def test_cells_that_cannot_matter_are_not_run_and_are_counted(family):
         ("gpt_neox", {"attn.output": "attention", "mlp.output": "mlp"}),
         ("mixtral", {"attn.v": "self_attn.v_proj", "mlp.output": "mlp"}),
         ("bloom", {"mlp.output": "mlp.dense_4h_to_h"}),
+        ("falcon", {"attn.output": "self_attention", "mlp.output": "mlp"}),
+        ("falcon_multi_query", {"mlp.output": "mlp"}),
     ],
 )
 def test_sites_inside_blocks_are_patched_there(family, parts):
@@ -76,6 +78,32 @@ def test_sites_inside_blocks_are_patched_there(family, parts):
         modules = [block.get_submodule(module) for block in blocks_of(model)]
         wanted = patched_map(model, modules, "output", corrupt, clean)
         close(found.values[0, 3 * number : 3 * number + 3, 0], wanted)
+    assert found.why == ()
+
+
+@pytest.mark.parametrize("cone", [True, False])
+def test_values_that_a_model_adds_to_in_place_are_those_from_before(cone):
+    model = build("falcon")  # whose MLP's output becomes that of the block
+    clean, corrupt = prompts(8, seed=4)
+    modules = [block.mlp for block in blocks_of(model)]
+    filled = sweep(model, clean, None, "blocks[*].mlp.output", kind="ablate", fill="mean", cone=cone)
+    for block, module in enumerate(modules):
+        mean = value_at(model, module, "output", clean)[0].mean(0, keepdim=True)
+        runs = [patched(model, module, "output", clean, [t], mean) for t in range(8)]
+        close(filled.values[0, block, 0], torch.stack([difference(run) for run in runs]))
+    swapped = sweep(model, clean, corrupt, "blocks[*].mlp.output", cone=cone)
+    close(swapped.values[0, :, 0], patched_map(model, modules, "output", corrupt, clean))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_logits_are_swept_as_any_site(family):
+    model = build(family)
+    clean, corrupt = prompts(6)
+    found = sweep(model, clean, corrupt, ["unembed", "blocks[2].mlp.output"])
+    mlp = blocks_of(model)[2].mlp
+    close(found.values[0, 0, 0], patched_map(model, [model.lm_head], "output", corrupt, clean)[0])
+    close(found.values[0, 1, 0], patched_map(model, [mlp], "output", corrupt, clean)[0])
+    close(found.values[0, 0, 0, -1], found.clean[0])
     assert found.why == ()
 
 
@@ -199,6 +227,38 @@ def test_edits_stay_in_force_in_every_run():
     assert np.abs(found.values - sweep(model, clean, corrupt).values).max() > 0.1
 
 
+EDITED = {
+    "embed.output": ("model.embed_tokens", "output", ""),
+    "blocks[1].input": ("model.layers.1", "input", "acts at a block's input"),
+    "blocks[1].output": ("model.layers.1", "output", ""),
+    "blocks[1].attn.q": ("model.layers.1.self_attn.q_proj", "output", ""),
+    "blocks[2].attn.heads": ("model.layers.2.self_attn.o_proj", "input", ""),
+    "blocks[2].mlp.output": ("model.layers.2.mlp", "output", ""),
+    "final_norm.output": ("model.norm", "output", ""),
+    "unembed": ("lm_head", "output", "acts at the head"),
+    "unembed.input": ("lm_head", "input", "acts at the head"),
+}
+
+
+@pytest.mark.parametrize("positions", ["all", "last(2)"])
+@pytest.mark.parametrize("at", list(EDITED))
+def test_an_edit_at_any_site_acts_in_every_row_of_every_cell(at, positions):
+    model = build("llama")
+    clean, corrupt = prompts(9, seed=6)
+    module, side, why = EDITED[at]
+    edit = rl.Edit("half", at=at, positions=positions, intervention=rl.Scale(0.5))
+    found = sweep(rl.InterventionGraph(edit).bind(model), clean, corrupt)
+
+    def halve(tensor):
+        tensor[:, slice(None) if positions == "all" else slice(-2, None)] *= 0.5
+        return tensor
+
+    with changing(model.get_submodule(module), side, halve):
+        wanted = patched_map(model, list(blocks_of(model)), "output", corrupt, clean)
+    close(found.values[0, :, 0], wanted)
+    assert [reason for reason in found.why if why in reason] if why else found.why == ()
+
+
 def test_an_edit_where_rows_would_enter_makes_whole_passes():
     model = build("llama")
     clean, corrupt = prompts(seed=6)
@@ -267,6 +327,58 @@ def test_a_model_that_breaks_the_cone_unseen_is_found_out_by_its_first_cells():
     found = sweep(model, clean, corrupt)
     close(found.values[0, :, 0], patched_map(model, list(blocks_of(model)), "output", corrupt, clean))
     assert "differed from a whole pass" in found.why[0]
+
+
+class Counting(torch.nn.Embedding):
+    """Knows how many rows the model was called with."""
+
+    def forward(self, ids):
+        self.rows = len(ids)
+        return super().forward(ids)
+
+
+class FirstRows(torch.nn.Module):
+    """An MLP that adds to as many rows as the model was called with."""
+
+    def __init__(self, inner, counting):
+        super().__init__()
+        self.inner = inner
+        self.counting = [counting]
+
+    def forward(self, hidden):
+        added = torch.arange(len(hidden)) < self.counting[0].rows
+        return self.inner(hidden) + added[:, None, None]
+
+
+def test_what_goes_wrong_in_the_last_row_alone_is_found_out_too():
+    model = build("llama")
+    model.model.embed_tokens.__class__ = Counting
+    model.model.layers[2].mlp = FirstRows(model.model.layers[2].mlp, model.model.embed_tokens)
+    clean, corrupt = prompts()
+    found = sweep(model, clean, corrupt)
+    close(found.values[0, :, 0], patched_map(model, list(blocks_of(model)), "output", corrupt, clean))
+    assert "differed from a whole pass" in found.why[0]
+
+
+@pytest.mark.parametrize(("edited", "checks"), [(False, 5), (True, 10)])
+def test_each_kind_of_site_is_checked_and_each_prompt_where_edits_act(monkeypatch, edited, checks):
+    model = build("llama")
+    edit = rl.Edit("half", at="blocks[1].mlp.output", positions="all", intervention=rl.Scale(0.5))
+    bound = rl.InterventionGraph(*[edit] * edited).bind(model)
+    shapes = []
+    forward = type(model).forward
+
+    @functools.wraps(forward)
+    def counting(self, *args, **kwargs):
+        if not kwargs["input_ids"].is_meta:
+            shapes.append((tuple(kwargs["input_ids"].shape), kwargs.get("past_key_values") is None))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", counting)
+    clean, corrupt = prompts(rows=2)
+    sweep(bound, clean, corrupt, ["blocks[*].output", "blocks[*].attn.k"], batch_size=64)
+    # Each pair's other run is a whole pass without a cache as well.
+    assert shapes.count(((1, 11), True)) == 2 + checks
 
 
 def test_a_sweep_leaves_the_model_as_it_was():

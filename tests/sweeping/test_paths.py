@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import types
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ NAMES = {
     "gemma3": ("self_attn", "self_attn.o_proj", "mlp"),
     "gpt2": ("attn", "attn.c_proj", "mlp"),
     "gpt_neox": ("attention", "attention.dense", "mlp"),
+    "falcon": ("self_attention", "self_attention.dense", "mlp"),
 }
 
 
@@ -101,7 +103,7 @@ def test_a_path_is_what_the_receiver_hears_with_all_else_held(family, letter):
     check(family, "denoise", letter)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "gpt_neox"])
+@pytest.mark.parametrize("family", ["gemma3", "gpt_neox", "falcon"])
 def test_norms_behind_heads_and_parallel_blocks_do_their_part(family):
     check(family, "noise", "all")
 
@@ -132,10 +134,25 @@ def test_edits_stay_in_force_along_paths():
             assert found.values[0][place] == pytest.approx(wanted, abs=2e-5)
 
 
-def test_equal_prompts_have_nothing_to_send():
+def test_equal_prompts_have_nothing_to_send_and_are_done_at_once(tmp_path, monkeypatch):
     clean, _ = prompts(6)
-    found = sweep_paths(build("llama"), clean, clean)
+    model, steps, calls = build("llama"), [], []
+    bar = contextlib.nullcontext(types.SimpleNamespace(update=steps.append))
+    monkeypatch.setattr("reftlab.sweeping.paths.tqdm", lambda **named: bar)
+
+    def metric(logits):
+        calls.append(len(logits))
+        return difference(logits)
+
+    metric.key = "difference"
+    found = sweep_paths(model, clean, clean, metric=metric, folder=tmp_path)
     np.testing.assert_array_equal(found.effect[0, :4, 4:], 0.0)
+    assert sum(steps) == 48
+    calls.clear()
+    again = sweep_paths(model, clean, clean, metric=metric, folder=tmp_path)
+    assert calls == []
+    assert sum(steps) == 96
+    np.testing.assert_array_equal(again.values, found.values)
 
 
 def test_several_pairs_have_means_intervals_and_a_figure():

@@ -1,18 +1,23 @@
 """A sweep that was stopped goes on where it stopped, and no cell of another sweep is taken for its own."""
 
+import copy
 import functools
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 
 import reftlab as rl
+from reftlab.runtime.digest import model_digest
+from reftlab.sweeping.recognising import UnrecognisedError, fingerprint
 from tests.models import build
 from tests.sweeping.by_hand import difference, prompts
 from tests.sweeping.interrupted import run
@@ -88,7 +93,8 @@ def test_a_finished_pair_costs_nothing_and_the_next_one_goes_on(tmp_path, passes
     assert len(stopped.batches) == 6  # two runs and a batch in each pair, of which the last was lost
     passes.clear()
     found = sweep(metric=stopping(None), folder=tmp_path)
-    assert len(passes) == 4  # the second pair's two runs, its batch, and the check of the batch's first row
+    # The second pair's two runs, its batch, and the checks of a row for each block that rows enter at.
+    assert len(passes) == 6
     np.testing.assert_allclose(found.values, sweep(metric=METRIC).values, atol=1e-5)
 
 
@@ -195,6 +201,172 @@ def test_a_function_that_cannot_be_recognised_is_not_kept(tmp_path):
 
     with pytest.raises(rl.DataError, match=r"cannot be recognised again.*attribute `key`"):
         rl.sweep(build("llama"), clean, corrupt, metric=metric, folder=tmp_path, progress=False)
+
+
+ANSWER = 7
+OTHERS = [9, 10]
+
+
+def of_others(logits):
+    return logits[:, OTHERS].mean(-1)
+
+
+def with_globals(logits):
+    return logits[:, ANSWER] - of_others(logits)
+
+
+def with_nested_code(logits):
+    return torch.stack([(lambda row: row[ANSWER])(row) for row in logits])
+
+
+used = None  # a module of the user's, in one test
+
+
+class Logit:
+    """A metric with a number of its own."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def measure(self, logits):
+        return logits[:, self.answer]
+
+
+def keyword_only(answer):
+    def metric(logits, *, answer=answer):
+        return logits[:, answer]
+
+    return metric
+
+
+def closing_over(answer):
+    return lambda logits: logits[:, answer]
+
+
+def calling(helper):
+    return lambda logits: helper(logits)
+
+
+def with_attribute(answer):
+    def metric(logits):
+        return logits[:, metric.answer]
+
+    metric.answer = answer
+    return metric
+
+
+def weighed(weights):
+    return lambda logits: (logits * weights).sum(-1)
+
+
+ON_ONE_LINE = [lambda logits: logits[:, 7], lambda logits: logits[:, 10]]
+OTHER_METRICS = {
+    "lambdas on one line": tuple(ON_ONE_LINE),
+    "keyword-only defaults": (keyword_only(7), keyword_only(10)),
+    "closures": (closing_over(7), closing_over(10)),
+    "closures of helpers": (calling(closing_over(7)), calling(closing_over(10))),
+    "attributes": (with_attribute(7), with_attribute(10)),
+    "partials": tuple(functools.partial(lambda logits, n: logits[:, n], n=n) for n in (7, 10)),
+    "tensors": tuple(weighed(torch.eye(200)[n]) for n in (7, 10)),
+    "keys": (stopping(None), with_attribute(10)),
+}
+
+
+@pytest.mark.parametrize("which", list(OTHER_METRICS))
+def test_a_metric_of_ones_own_finds_its_own_cells_and_no_others(tmp_path, which):
+    clean, corrupt = prompts()
+    sweep = functools.partial(rl.sweep, build("llama"), clean, corrupt, progress=False)
+    one, other = OTHER_METRICS[which]
+    first, second = (sweep(metric=metric, folder=tmp_path) for metric in (one, other))
+    assert "cells found on disk" not in second.counts
+    np.testing.assert_array_equal(second.values, sweep(metric=other).values)
+    again = sweep(metric=one, folder=tmp_path)
+    assert again.counts == {"cells found on disk": 33}
+    np.testing.assert_array_equal(again.values, first.values)
+
+
+@pytest.mark.parametrize("metric", [with_globals, with_nested_code])
+@pytest.mark.parametrize(
+    ("name", "value"), [("ANSWER", 11), ("OTHERS", [12]), ("of_others", with_nested_code)]
+)
+def test_a_metric_whose_globals_have_changed_is_another(tmp_path, monkeypatch, metric, name, value):
+    clean, corrupt = prompts()
+    sweep = functools.partial(rl.sweep, build("llama"), clean, corrupt, metric=metric, progress=False)
+    sweep(folder=tmp_path)
+    assert sweep(folder=tmp_path).counts == {"cells found on disk": 33}
+    monkeypatch.setitem(globals(), name, value)
+    found = sweep(folder=tmp_path)
+    concerned = name == "ANSWER" or metric is with_globals
+    assert ("cells found on disk" not in found.counts) == concerned
+    np.testing.assert_array_equal(found.values, sweep().values)
+
+
+@pytest.mark.parametrize("where", ["closure", "global"])
+def test_what_a_metric_takes_from_a_module_of_the_users_counts_and_installed_packages_by_name(
+    monkeypatch, where
+):
+    helpers, inner = types.ModuleType("helpers"), types.ModuleType("helpers.inner")
+    helpers.inner, helpers.unused, inner.measure = inner, object(), of_others
+    monkeypatch.setitem(globals(), "used", helpers)
+
+    def of_closure(logits):
+        return helpers.inner.measure(torch.log_softmax(logits, -1)) + np.pi * torch.nn.functional.relu(
+            logits[:, 0]
+        )
+
+    def of_global(logits):
+        return used.inner.measure(logits) + np.pi
+
+    metric = of_closure if where == "closure" else of_global
+    first = fingerprint(metric)
+    assert fingerprint(metric) == first
+    inner.measure = with_globals
+    second = fingerprint(metric)
+    assert second != first
+    inner.measure = object()
+    with pytest.raises(UnrecognisedError, match=r"(helpers|used)\.inner\.measure is or holds a object"):
+        fingerprint(metric)
+
+
+@pytest.mark.parametrize("metric", [Logit(7).measure, calling(Logit(7).measure), calling(Logit)])
+def test_what_hangs_on_an_object_of_the_users_asks_for_a_key(tmp_path, metric):
+    clean, corrupt = prompts()
+    with pytest.raises(rl.DataError, match=r"cannot be recognised again.*attribute `key`"):
+        rl.sweep(build("llama"), clean, corrupt, metric=metric, folder=tmp_path, progress=False)
+
+
+def test_an_adapter_that_is_switched_off_makes_another_sweep(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(build("llama"), config).eval()
+    clean, corrupt = prompts()
+    sweep = functools.partial(rl.sweep, model, clean, corrupt, metric=METRIC, progress=False)
+    on = sweep(folder=tmp_path)
+    with model.disable_adapter():
+        off = sweep(folder=tmp_path)
+        assert "cells found on disk" not in off.counts
+        np.testing.assert_array_equal(off.values, sweep().values)
+    assert np.abs(off.values - on.values).max() > 1e-3
+    assert sweep(folder=tmp_path).counts == {"cells found on disk": 33}
+
+
+def test_a_digest_tells_models_by_class_configuration_weights_buffers_and_adapters():
+    model = build("llama")
+    seen = [model_digest(model), model_digest(build("gpt2"))]
+    assert model_digest(copy.deepcopy(model)) == seen[0]
+    model.model.layers[1].mlp.up_proj.weight.data[2, 3] += 1e-4
+    seen.append(model_digest(model))
+    model.model.rotary_emb.inv_freq[0] += 1e-4
+    seen.append(model_digest(model))
+    model.config.rms_norm_eps = 1e-3
+    seen.append(model_digest(model))
+    model.model.layers[0].mlp.act_fn = torch.nn.ReLU()
+    seen.append(model_digest(model))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    seen.append(model_digest(adapted))
+    with adapted.disable_adapter():
+        seen.append(model_digest(adapted))
+    assert len(set(seen)) == len(seen)
+    assert model_digest(adapted) == seen[-2]
 
 
 def test_a_killed_process_loses_no_finished_cell(tmp_path):

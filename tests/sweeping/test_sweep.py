@@ -45,6 +45,20 @@ def test_rows_of_a_padded_batch_are_pairs_without_their_padding(llama, side):
                 close(found.values[row, block, 0, number], difference(run))
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_one_row_of_position_ids_serves_all_rows(side):
+    model = build("gpt2")
+    clean, corrupt = (batch_of((7, 9), side, seed) for seed in (1, 2))
+    shared = {"position_ids": torch.arange(9)[None] + 3}
+    found = sweep(model, {**clean, **shared}, {**corrupt, **shared}, positions=["last", "first(2)"])
+    each = {"position_ids": torch.arange(9).expand(2, -1) + 3}
+    wanted = sweep(model, {**clean, **each}, {**corrupt, **each}, positions=["last", "first(2)"])
+    np.testing.assert_array_equal(found.values, wanted.values)
+    row = corrupt["attention_mask"][0].bool()
+    alone = {"input_ids": corrupt["input_ids"][:1, row], "position_ids": shared["position_ids"][:, row]}
+    close(found.corrupt[0], difference(last_logits(model, alone)))
+
+
 CLEAN = ["the cat said Mary is in Paris", "Mary said the book is in Paris and London"]
 CORRUPT = ["the cat said John is in Paris", "John said the book is in Paris and London"]
 
@@ -185,7 +199,7 @@ def test_noise_has_the_spread_asked_for_and_comes_again_with_its_seed(llama):
     assert (other.values != found.values).all()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "falcon"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_attribution_is_gradient_times_difference(family, frozen):
     model = build(family).requires_grad_(not frozen)
@@ -209,6 +223,19 @@ def test_attribution_is_gradient_times_difference(family, frozen):
     assert (pair, site, head) == (0, found.sites[where[1]].name, None)
     assert token == found.tokens[0][where[3]]
     assert all(parameter.requires_grad is not frozen for parameter in model.parameters())
+
+
+def test_attribution_where_the_model_adds_to_the_value_in_place():
+    model = build("falcon")
+    clean, corrupt = prompts()
+    found = sweep(model, clean, corrupt, "blocks[*].mlp.output", attribution=True, exact=False)
+    for number, block in enumerate(blocks_of(model)):
+        new = value_at(model, block.mlp, "output", clean)[0]
+        own = value_at(model, block.mlp, "output", corrupt)[0]
+        shift = torch.zeros_like(own).requires_grad_()
+        with changing(block.mlp, "output", lambda tensor, shift=shift: tensor + shift):
+            difference(model(**corrupt).logits[0, -1].float()).backward()
+        close(found.estimates[0, number, 0], (shift.grad * (new - own)).sum(-1))
 
 
 def test_attribution_of_heads_sums_to_that_of_their_site(llama):
@@ -324,3 +351,18 @@ def test_prompts_that_do_not_match_are_shown(llama, tokenizer, users_call):
     with pytest.raises(rl.RunError, match="edit 'swap' takes values from run 'other'"):
         sweep(bound, "the cat", "the dog")
     assert sweep(bound.select(), "the cat", "the dog").pairs == 1
+
+
+def test_a_site_inside_what_an_edit_is_folded_into_is_refused(llama):
+    clean, corrupt = prompts()
+    edit = rl.Edit(
+        "low", at="blocks[1].mlp.output", positions="all", phase="both", intervention=rl.LoReFT(rank=2)
+    )
+    bound = rl.InterventionGraph(edit).bind(build("llama")).eval()
+    wanted = sweep(bound, clean, corrupt, "blocks[*].output")
+    with bound.folded():
+        inside = "model.layers.1.mlp.down_proj.output"
+        with pytest.raises(rl.RunError, match=r"down_proj.*before edit 'low'.*folded.*unfold\(\) first"):
+            sweep(bound, clean, corrupt, inside)
+        close(sweep(bound, clean, corrupt, "blocks[*].output").values, wanted.values, atol=1e-4)
+    assert sweep(bound, clean, corrupt, inside).pairs == 1

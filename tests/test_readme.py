@@ -43,6 +43,17 @@ def test_the_programs_run_one_after_the_other(tmp_path: Path, monkeypatch: Any) 
     prompts = ["What is the sea like?", "Tell me about cats.", "Who are you?"]
     names |= {"emoji": emoji, "formal": graph.bind(names["model"], tokenizer), "prompts": prompts}
     exec(together, names | {"batch": tokenizer(prompts, return_tensors="pt", padding=True)})
+    cone, patching = blocks("python")[3:5]
+    exec(cone, names | {"reft": emoji, "examples": [("What is the sea like?", "🌊🐠🐚")]})
+    check_patching(names["model"], patching, {"rl": rl, "model": names["model"], "tokenizer": tokenizer})
+
+
+def check_patching(model: Any, program: str, names: dict[str, Any]) -> None:
+    exec(program, names)
+    logits = model(**names["tokenizer"](names["clean"], return_tensors="pt")).logits[0, -1]
+    mary, john = (names["tokenizer"].encode(name)[0] for name in (" Mary", " John"))
+    assert names["found"].clean[0] == pytest.approx(float(logits[mary] - logits[john]), abs=1e-3)
+    assert names["vectors"]["blocks[5].output @ last"].shape == (2, model.config.hidden_size)
 
 
 def check_ten_lines(names: dict[str, Any]) -> None:
@@ -76,7 +87,7 @@ def test_what_pyreft_saved_loads(monkeypatch: Any, tmp_path: Path) -> None:
 
 
 def test_every_program_is_run_here() -> None:
-    assert len(blocks("python")) == 4
+    assert len(blocks("python")) == 6
 
 
 def test_the_configuration_is_a_configuration(tmp_path: Path) -> None:

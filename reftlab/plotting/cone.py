@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from matplotlib.artist import Artist
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
@@ -71,15 +73,19 @@ def cone_figure(
     else:
         axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
     names = [name for several in places.values() for name in several]
-    marker = axes.plot([], [], "v", color=BLACK, markersize=7)[0]
+    legend: dict[str, Artist] = {
+        "computed in every step": Patch(color=ORANGE),
+        "cached: keys and values, computed once": Patch(color=SKY),
+        "skipped: not needed again": Patch(facecolor=_SKIPPED, edgecolor="#BBBBBB"),
+    }
+    if names:
+        what = drawable(f"edit {names[0]}", 30) if len(names) == 1 else f"where the {len(names)} edits act"
+        legend[what] = Line2D([], [], linestyle="", marker="v", color=BLACK, markersize=7)
+    shown = {max(row) for row in states} | {min(row) for row in states}
+    if shown == {2}:
+        # Everything runs, so that there is nothing to tell apart.
+        legend = {name: mark for number, (name, mark) in enumerate(legend.items()) if number not in (1, 2)}
     figure.legend(
-        [Patch(color=ORANGE), Patch(color=SKY), Patch(facecolor=_SKIPPED, edgecolor="#BBBBBB"), marker],
-        [
-            "computed in every step",
-            "cached: keys and values, computed once",
-            "skipped: not needed again",
-            drawable(f"edit {names[0]}", 30) if len(names) == 1 else f"where the {len(names)} edits act",
-        ],
-        fontsize=8, frameon=False, loc="outside lower center", ncols=2,
-    )  # fmt: skip
+        list(legend.values()), list(legend), fontsize=8, frameon=False, loc="outside lower center", ncols=2
+    )
     return figure

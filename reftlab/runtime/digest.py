@@ -20,7 +20,8 @@ def model_digest(model: nn.Module) -> str:
     """A hash of everything that a model's outputs depend on.
 
     That is its class and its modules', its configuration, the bytes of every parameter and buffer, and
-    which of PEFT's adapters act. Every byte is read: about a second for each gigabyte.
+    which of PEFT's adapters act. Hooks of others are not part of it. Every byte is read: about a second for
+    each gigabyte.
 
     Args:
         model: the bare model; weights that accelerate keeps elsewhere are fetched.

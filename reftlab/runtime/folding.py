@@ -338,7 +338,11 @@ def _check_module(bound: BoundModel, name: str, edits: Sequence[BoundEdit]) -> N
     if type(module) not in (nn.Linear, Conv1D) or weight is None or not weight.is_floating_point():
         raise _refused(edit, f"{name} is a {type(module).__name__}, not a plain nn.Linear or Conv1D")
     if vars(module).get(_MARK):
-        raise _refused(edit, f"edits of another bound model are folded into {name}")
+        raise _refused(
+            edit,
+            f"edits of another bound model are folded into {name}; unfold() them there, or load the model "
+            "anew",
+        )
     if (
         "forward" in vars(module)
         or module._forward_pre_hooks

@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from reftlab.errors import RunError
 
-__all__ = ["OwnedHooks", "StopForward", "turn_of"]
+__all__ = ["OwnedHooks", "StopForward", "foreign_hooks", "turn_of"]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 OnInput = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Arguments | None]
@@ -161,6 +161,15 @@ class _Marked(torch.autograd.Function):
         return gradients[0], None
 
 
+def foreign_hooks(module: nn.Module) -> bool:
+    """Whether a module carries hooks other than transformers' own; reftlab's are there only in its calls."""
+    hooks = (
+        *module._forward_hooks.values(), *module._forward_pre_hooks.values(),
+        *module._backward_hooks.values(), *module._backward_pre_hooks.values(),
+    )  # fmt: skip
+    return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
+
+
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
@@ -171,7 +180,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _remove(handles: list[RemovableHandle]) -> None:
     while handles:
-        handles.pop().remove()
+        # Forgotten only once it is off, so that an interruption in between leaves it to be taken off again.
+        handles[-1].remove()
+        handles.pop()
 
 
 def _in_backward() -> bool:

@@ -72,6 +72,23 @@ class Metric(ABC):
     def key(self) -> str:
         """What tells this metric from all others, for results kept on disk."""
 
+    def finite(
+        self, pair: int, tokenizer: PreTrainedTokenizerBase | None, references: References
+    ) -> Measured:
+        """As `for_pair`, and refuse numbers that are none."""
+        measured = self.for_pair(pair, tokenizer, references)
+
+        def checked(logits: Tensor) -> Tensor:
+            found = measured(logits)
+            if not bool(torch.isfinite(found).all()):
+                where = "metric" if bool(torch.isfinite(logits).all()) else "model's weights and dtype"
+                raise DataError(
+                    f"{self.name} of pair {pair} came to numbers that are not finite; look at the {where}"
+                )
+            return found
+
+        return checked
+
 
 @dataclass(frozen=True)
 class _OfAnswers(Metric):
@@ -186,6 +203,8 @@ class _Own(Metric):
                     f"metric={self.function!r} returned {what} for logits of shape {tuple(logits.shape)}; it "
                     f"takes (row, vocab) at the last token and returns one number a row, {(logits.shape[0],)}"
                 )
+            if found.is_complex():
+                raise DataError(f"metric={self.function!r} returned complex numbers; expected real ones")
             return found.float()
 
         return measured
@@ -216,6 +235,10 @@ def logit_diff(right: Answers, wrong: Answers) -> Metric:
     >>> logit_diff(" Mary", " John").name
     "logit difference, ' Mary' − ' John'"
     """
+    if right == wrong:
+        raise DataError(
+            f"logit_diff({right!r}, {wrong!r}): the two are the same, so the difference is always 0"
+        )
     return _OfAnswers("difference", (_answers(right), _answers(wrong)))
 
 
@@ -253,6 +276,8 @@ def as_metric(metric: Any) -> Metric:
     """
     if isinstance(metric, Metric):
         return metric
+    if getattr(metric, "__module__", None) == __name__:
+        raise DataError(f"metric={metric.__name__}: call it, as in rl.logit_diff(' Mary', ' John')")
     if callable(metric):
         return _Own(metric)
     raise DataError(

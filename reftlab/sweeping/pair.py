@@ -88,7 +88,7 @@ class Work:
         clean, corrupt = (source, base) if row is pair.corrupt else (base, source)
         assert clean is not None
         references = References(clean.logits, None if corrupt is None else corrupt.logits)
-        measured = self.metric.for_pair(number, self.tokenizer, references)
+        measured = self.metric.finite(number, self.tokenizer, references)
         runs = {
             "clean": float(measured(clean.logits[None])[0].detach()),
             "corrupt": float("nan") if corrupt is None else float(measured(corrupt.logits[None])[0].detach()),

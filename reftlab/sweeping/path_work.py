@@ -110,7 +110,7 @@ class PathWork:
         assert isinstance(passes, Staircase)
         source = Passes(self.engine.reft, other, None).record(self.places.heads)
         clean, corrupt = (source, base) if denoising else (base, source)
-        measured = self.metric.for_pair(number, self.tokenizer, References(clean.logits, corrupt.logits))
+        measured = self.metric.finite(number, self.tokenizer, References(clean.logits, corrupt.logits))
         runs = [float(measured(run.logits[None])[0]) for run in (clean, corrupt)]
         if self.store is not None:
             held = {"clean": runs[0], "corrupt": runs[1]}

@@ -20,7 +20,7 @@ from reftlab.sweeping.metric import as_metric
 from reftlab.sweeping.path_result import PathResult
 from reftlab.sweeping.path_work import Head, PathWork, Places
 from reftlab.sweeping.prompts import Columns, Pair, columns_of, read_pairs
-from reftlab.sweeping.store import CellStore, bound_digest, content_key
+from reftlab.sweeping.store import CellStore, bound_digest, check_folder, content_key
 from reftlab.sweeping.sweep import as_bound
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def sweep_paths(
             raise DataError(f"no sender of {sending} is in an earlier block than a receiver of {receiving}")
         store = None
         if folder is not None:
+            check_folder(folder)
             key = _key(reft, pairs, columns, [inputs, direction, order, measure.key()])
             about = {"metric": measure.name, "inputs": inputs, "direction": direction}
             store = CellStore(folder, key, about, fresh=not resume)

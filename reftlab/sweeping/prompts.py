@@ -178,6 +178,8 @@ def columns_of(
         for row in (pair.clean, pair.corrupt):
             if row is not None and stream not in row.layouts:
                 raise DataError(f"the prompts have no {stream} tokens, and the sites have; give those too")
+    if isinstance(positions, dict) and not positions:
+        raise DataError("positions={}: expected 'all', or names with a position each")
     named = _named(positions)
     if named is None:
         return _every_token(pairs, stream)

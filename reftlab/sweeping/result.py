@@ -219,6 +219,8 @@ class SweepResult:
 
     def top(self, k: int = 10) -> pd.DataFrame:
         """The `k` cells with the largest mean effect of either sign, largest first; see `summary`."""
+        if type(k) is not int or k < 1:
+            raise DataError(f"k={k!r}: expected a whole number of 1 or more")
         frame = self.summary()
         what = "effect" if self.exact else "attribution"
         return frame.reindex(frame[what].abs().sort_values(ascending=False, kind="stable").index)[

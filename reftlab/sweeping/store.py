@@ -14,13 +14,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from reftlab.errors import ArtifactError
+from reftlab.errors import ArtifactError, DataError
 from reftlab.runtime.digest import digest_of, model_digest
 
 if TYPE_CHECKING:
     from reftlab.runtime import BoundModel
 
-__all__ = ["CellStore", "bound_digest", "content_key"]
+__all__ = ["CellStore", "bound_digest", "check_folder", "content_key"]
+
+
+def check_folder(folder: Any) -> None:
+    """Refuse what is no folder and cannot become one.
+
+    Raises:
+        DataError: as said.
+    """
+    if folder is None:
+        return
+    if not isinstance(folder, str | Path) or not str(folder).strip() or Path(folder).is_file():
+        raise DataError(f"folder={str(folder)!r}: expected the path of a folder, not of a file")
 
 
 class CellStore:

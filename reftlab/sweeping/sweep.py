@@ -27,7 +27,7 @@ from reftlab.sweeping.passes import Passes
 from reftlab.sweeping.prompts import Columns, Pair, columns_of, read_pairs
 from reftlab.sweeping.result import SiteLabel, SweepResult
 from reftlab.sweeping.sites import SweptSite, swept_sites
-from reftlab.sweeping.store import CellStore, bound_digest, content_key
+from reftlab.sweeping.store import CellStore, bound_digest, check_folder, content_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,7 +94,8 @@ def sweep(
         batch_size: the most rows of one batch; chosen from the number of tokens unless given.
         cone: False runs every cell as a whole pass.
         folder: where finished cells are kept. The same call with the same folder goes on where an
-            earlier one was stopped; anything that changes the numbers starts a new sweep. A metric of your
+            earlier one was stopped; anything that changes the numbers starts a new sweep, save for hooks
+            of your own on the model, which are not seen. A metric of your
             own is told by its code and the values that this takes from elsewhere, or by its attribute `key`
             where it has one.
         resume: False forgets what an earlier call left there.
@@ -118,6 +119,10 @@ def sweep(
     began = time.perf_counter()
     reft = as_bound(model, tokenizer, example)
     tokenizer = tokenizer if tokenizer is not None else reft.tokenizer
+    check_switches(
+        cone=cone, resume=resume, heads=heads, attribution=attribution, exact=exact, progress=progress
+    )
+    check_folder(folder)
     _check(kind, direction, scale, samples, seed, batch_size, attribution, exact, corrupt)
     measure = as_metric(metric)
     with evaluating(reft):
@@ -157,6 +162,17 @@ def as_bound(model: Any, tokenizer: Any, example: Any = None) -> BoundModel:
     if not isinstance(model, nn.Module):
         raise DataError(f"sweep takes a bound model or a torch module, not {model!r}")
     return InterventionGraph().bind(model, tokenizer, example=example)
+
+
+def check_switches(**switches: Any) -> None:
+    """Refuse switches that are neither True nor False.
+
+    Raises:
+        DataError: as said.
+    """
+    for name, value in switches.items():
+        if type(value) is not bool:
+            raise DataError(f"{name}={value!r}: expected True or False")
 
 
 def _check(

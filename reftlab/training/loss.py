@@ -148,6 +148,10 @@ def training_batch(
 
     >>> reft.plan(rl.training_batch(reft, pairs)).plot()  # doctest: +SKIP
     """
+    if not hasattr(reft, "interventions"):
+        raise DataError(
+            f"training_batch takes a bound model, graph.bind(model, tokenizer), not {type(reft).__name__}"
+        )
     if reft.tokenizer is None:
         raise DataError("training_batch needs a tokenizer: graph.bind(model, tokenizer)")
     rows = encode(reft.tokenizer, with_answers(examples), **prompt_form(reft, reft.tokenizer, chat, system))

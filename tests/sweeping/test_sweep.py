@@ -1,6 +1,8 @@
 """What a sweep is asked: prompts, positions, metrics, kinds, attribution; and how it answers."""
 
 import functools
+import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -366,3 +368,28 @@ def test_a_site_inside_what_an_edit_is_folded_into_is_refused(llama):
             sweep(bound, clean, corrupt, inside)
         close(sweep(bound, clean, corrupt, "blocks[*].output").values, wanted.values, atol=1e-4)
     assert sweep(bound, clean, corrupt, inside).pairs == 1
+
+
+WRONG = {
+    "a metric that was not called": ({"metric": rl.logit_diff}, "call it, as in rl.logit_diff"),
+    "no numbers": ({"metric": lambda logits: logits[:, 0] * float("nan")}, "not finite"),
+    "complex numbers": ({"metric": lambda logits: logits[:, 0] * 1j}, "complex"),
+    "no positions": ({"positions": {}}, "positions={}"),
+    "a switch in words": ({"cone": "yes"}, "cone='yes'"),
+    "a folder without a name": ({"folder": ""}, "folder=''"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG.values(), ids=WRONG)
+def test_what_would_run_on_silently_is_refused(
+    options: dict[str, Any], message: str, users_call: Any
+) -> None:
+    given = {"metric": rl.answer_logit(5), "progress": False, "sites": "blocks[1].output", **options}
+    rows = {"input_ids": torch.tensor([[5, 6, 7]])}
+    with pytest.raises(rl.DataError, match=re.escape(message)):
+        rl.sweep(build("llama"), rows, {"input_ids": torch.tensor([[8, 6, 7]])}, **given)
+
+
+def test_a_difference_of_one_answer_from_itself_is_refused() -> None:
+    with pytest.raises(rl.DataError, match="always 0"):
+        rl.logit_diff(" Mary", " Mary")

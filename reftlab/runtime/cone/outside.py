@@ -150,7 +150,9 @@ class Outside:
             one.dtype,
             device,
         ):
-            self._room = torch.empty(math.prod(shape), dtype=one.dtype, device=device)
+            # Kept for later calls, which may be ordinary ones.
+            with torch.inference_mode(False):
+                self._room = torch.empty(math.prod(shape), dtype=one.dtype, device=device)
         past = self._room[: math.prod(shape)].view(shape)
         for row, (part, before) in enumerate(zip(parts, keys, strict=True)):
             past[:, :, row, :, : width - part.start] = 0

@@ -100,6 +100,7 @@ class ConePlan:
         if not cone.blocks:
             raise RunError(f"there is no figure of blocks that are not known: {'; '.join(cone.why)}")
         edits = [(r.name, r.block, start) for r in cone.reaches if (start := r.starts[row]) is not None]
+        work = f"{cone.share:.1%} of the batch's cells, {self.work.share:.1%} of a plain step's work"
         return cone_figure(
             self.tokens[row],
             cone.blocks,
@@ -107,7 +108,7 @@ class ConePlan:
             cone.starts[row],
             cone.stops[row],
             edits,
-            f"row {row}: {cone.share:.1%} of the batch's cells, {self.work.share:.1%} of a plain step's work",
+            f"row {row}: {f'everything runs: {cone.why[0]}' if cone.why else work}",
         )
 
     def _repr_html_(self) -> str:

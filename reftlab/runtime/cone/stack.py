@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from reftlab.address import head_name, parse_path, resolve
 from reftlab.address.alias import family_of, inner_model
 from reftlab.runtime.calls import continues_texts
+from reftlab.runtime.hooks import foreign_hooks
 from reftlab.runtime.modes import saves_activations
 from reftlab.runtime.wrapped import entrances, is_dispatched
 
@@ -134,7 +135,7 @@ def reasons_against(model: nn.Module, *, training: bool | None = None) -> tuple[
         reasons.append("accelerate has spread the model over devices or disk")
     if any(_compiled(module) for module in model.modules()):
         reasons.append("the model is compiled, and compiled code cannot be entered in the middle")
-    hooked = [name for name, module in model.named_modules() if _foreign_hooks(module)]
+    hooked = [name for name, module in model.named_modules() if foreign_hooks(module)]
     if hooked:
         reasons.append(
             f"{hooked[0] or 'the model'} carries a hook of its own, which would not see every pass"
@@ -184,14 +185,6 @@ def _follows_length(module: nn.Module) -> bool:
 
 def _compiled(module: nn.Module) -> bool:
     return "_orig_mod" in module._modules or vars(module).get("_compiled_call_impl") is not None
-
-
-def _foreign_hooks(module: nn.Module) -> bool:
-    hooks = (
-        *module._forward_hooks.values(), *module._forward_pre_hooks.values(),
-        *module._backward_hooks.values(), *module._backward_pre_hooks.values(),
-    )  # fmt: skip
-    return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
 
 
 def cache_of(

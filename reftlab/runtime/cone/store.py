@@ -54,8 +54,10 @@ class ConeStore:
     def __init__(
         self, memory: int | str | None = None, disk: int | str | None = None, folder: str | Path | None = None
     ) -> None:
+        if not isinstance(folder, str | Path | None):
+            raise DataError(f"folder={folder!r}: expected a folder that exists")
         self._folder = Path(tempfile.gettempdir() if folder is None else folder).expanduser()
-        if not self._folder.is_dir():
+        if str(folder) == "" or not self._folder.is_dir():
             raise DataError(f"folder={str(folder)!r}: expected a folder that exists")
         self.memory = _free_memory() // 4 if memory is None else parse_bytes("memory", memory)
         free = shutil.disk_usage(self._folder).free

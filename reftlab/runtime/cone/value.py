@@ -124,6 +124,13 @@ def cone_of(
         RunError: the batch holds no tokens.
         PositionError: a row lacks an edit's position.
     """
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(batch, Mapping) or (isinstance(ids, Tensor) and (ids.dim() != 2 or not ids.numel())):
+        shape = f"input_ids of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else repr(batch)
+        raise RunError(
+            f"batch={shape}: expected inputs with input_ids (row, token), such as rl.training_batch(reft, "
+            "examples) or the tokenizer's output with return_tensors='pt'"
+        )
     given = {name: batch[name] for name in PER_CALL if name in batch}
     options = Options.of(bound.graph, **given)
     layout = Layout.of(batch, causal=True)

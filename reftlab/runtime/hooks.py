@@ -26,6 +26,8 @@ from reftlab.errors import RunError
 
 __all__ = ["OwnedHooks", "StopForward", "foreign_hooks", "turn_of"]
 
+_KNOWN = ("transformers.", "reftlab.")
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 OnInput = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Arguments | None]
 OnOutput = Callable[[nn.Module, tuple[Any, ...], Any], Any]
@@ -162,12 +164,12 @@ class _Marked(torch.autograd.Function):
 
 
 def foreign_hooks(module: nn.Module) -> bool:
-    """Whether a module carries hooks other than transformers' own; reftlab's are there only in its calls."""
+    """Whether a module carries hooks that are neither transformers' nor reftlab's own."""
     hooks = (
         *module._forward_hooks.values(), *module._forward_pre_hooks.values(),
         *module._backward_hooks.values(), *module._backward_pre_hooks.values(),
     )  # fmt: skip
-    return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
+    return any(not str(getattr(hook, "__module__", "")).startswith(_KNOWN) for hook in hooks)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -36,7 +36,7 @@ from reftlab.address.families import FAMILIES, Family, Stack
 from reftlab.address.path import Child, Entries, SitePath, Step, parse_path
 from reftlab.errors import AddressError, did_you_mean
 
-__all__ = ["ALIASES", "family_of", "head_name", "inner_model", "portable_names", "translate"]
+__all__ = ["ALIASES", "family_of", "head_name", "inner_model", "innermost", "portable_names", "translate"]
 
 ALIASES = ("blocks", "embed", "final_norm", "unembed")
 _OF_A_STACK = ALIASES[:3]
@@ -49,6 +49,12 @@ def inner_model(model: nn.Module) -> tuple[str, nn.Module] | None:
     """The one Hugging Face model that `model` is or wraps, with its path; None where there is none."""
     found = list(_outermost("", model))
     return found[0] if len(found) == 1 else None
+
+
+def innermost(model: nn.Module) -> Any:
+    """The one Hugging Face model that `model` is or wraps, or `model` itself where there is none."""
+    found = inner_model(model)
+    return model if found is None else found[1]
 
 
 def family_of(model: nn.Module) -> Family | None:
@@ -189,8 +195,7 @@ def _either(names: list[str]) -> str:
 
 def _kind(model: nn.Module) -> str:
     """The family's name in Hugging Face's words, or the class's where it is no such model."""
-    found = inner_model(model)
-    owner: Any = model if found is None else found[1]
+    owner = innermost(model)
     return getattr(getattr(owner, "config", None), "model_type", None) or type(owner).__name__
 
 
@@ -233,9 +238,7 @@ def _backbone(model: nn.Module) -> str:
 
 
 def _output_embeddings(model: nn.Module) -> nn.Module | None:
-    found = inner_model(model)
-    getter: Any = getattr(model if found is None else found[1], "get_output_embeddings", lambda: None)
-    module = getter()
+    module = getattr(innermost(model), "get_output_embeddings", lambda: None)()
     return module if isinstance(module, nn.Module) else None
 
 
@@ -250,6 +253,5 @@ def _unembedding(model: nn.Module, path: SitePath) -> tuple[Step, ...]:
     name = head_name(model)
     if name is not None:
         return _steps(name)
-    found = inner_model(model)
-    kind = type(model if found is None else found[1]).__name__
+    kind = type(innermost(model)).__name__
     raise AddressError(f"{str(path)!r}: {kind} has no unembedding; load it with its language-model head")

@@ -31,7 +31,7 @@ from reftlab.runtime.modes import evaluating
 from reftlab.runtime.scan import example_inputs, moved
 from reftlab.runtime.sizes import parse_bytes
 from reftlab.runtime.wrapped import entrances
-from reftlab.training.collate import Collator
+from reftlab.training.collate import OF_EDITS, Collator
 from reftlab.training.replies import PromptForm, prompt_form
 from reftlab.training.settings import whole
 
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["collect"]
-
-_OF_EDITS = ("tasks", "sources", "positions")
 
 
 def collect(
@@ -177,7 +175,7 @@ class _Work:
         """Run one batch as far as the deepest site."""
         numbers, inputs, takes = job.numbers(batch), job.inputs(batch), self.takes
         if isinstance(job, TokenJob):
-            taken = {*takes, *_OF_EDITS} if self.reads_labels else {*takes, *_OF_EDITS} - {"labels"}
+            taken = {*takes, *OF_EDITS} if self.reads_labels else {*takes, *OF_EDITS} - {"labels"}
             inputs = {name: value for name, value in inputs.items() if name in taken}
             if "use_cache" in takes:
                 inputs["use_cache"] = False
@@ -307,7 +305,7 @@ def _bound(
         example_inputs(model.model if isinstance(model, BoundModel) else model, example)
     except BindError:
         if isinstance(source, ReadyBatches):
-            example = {name: value for name, value in source.batches[0].items() if name not in _OF_EDITS}
+            example = {name: value for name, value in source.batches[0].items() if name not in OF_EDITS}
         else:
             example = {"input_ids": torch.zeros(2, 11, dtype=torch.long)}
     if isinstance(model, BoundModel):

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Collator", "moved"]
+__all__ = ["OF_EDITS", "Collator", "moved"]
 
-_OF_EDITS = ("tasks", "sources", "positions")
+OF_EDITS = ("tasks", "sources", "positions")
+"""What a batch says of the edits, by the names of a bound model's arguments."""
 
 
 @dataclass(frozen=True)
@@ -90,5 +91,5 @@ class Collator:
 
 def moved(batch: Mapping[str, Any], model: Any) -> dict[str, Any]:
     """A batch on the model's device; what it says of the edits is for bound models alone."""
-    known = batch if isinstance(model, BoundModel) else {k: v for k, v in batch.items() if k not in _OF_EDITS}
+    known = batch if isinstance(model, BoundModel) else {k: v for k, v in batch.items() if k not in OF_EDITS}
     return dict(on_device(known, model.device))

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reftlab.address.alias import inner_model
+from reftlab.address.alias import innermost
 from reftlab.errors import PositionError
 from reftlab.graph import BASE
 from reftlab.runtime.build import forget_pass
@@ -152,8 +152,7 @@ class ConeRunner:
         found = self.predictions(batch)
         if found is None:
             return None
-        _, inner = inner_model(self.reft.model) or ("", self.reft.model)
-        loss: Any = inner.loss_function
+        loss: Any = innermost(self.reft.model).loss_function
         further = {} if items is None else {"num_items_in_batch": items}
         value: Tensor = loss(
             logits=found.logits[None],
@@ -252,7 +251,7 @@ def _goes_with(reft: BoundModel, rows: int) -> bool:
 
 
 def _of_the_loss(model: Any) -> Iterator[str]:
-    _, inner = inner_model(model) or ("", model)
+    inner = innermost(model)
     kind = getattr(inner, "loss_type", None)
     if kind not in (None, "ForCausalLM"):
         yield f"{type(inner).__name__} has a loss of its own, {kind}"

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from reftlab.address import head_name, parse_path, resolve
-from reftlab.address.alias import family_of, inner_model
+from reftlab.address.alias import family_of, innermost
 from reftlab.runtime.calls import continues_texts
 from reftlab.runtime.hooks import foreign_hooks
 from reftlab.runtime.modes import saves_activations
@@ -89,8 +89,7 @@ def _paths(model: nn.Module) -> tuple[str, ...]:
         if "" not in family.stacks:
             return ()
         return tuple(site.module for site in resolve(parse_path("blocks[*].output"), model))
-    found = inner_model(model)
-    config: Any = getattr(model if found is None else found[1], "config", None)
+    config: Any = getattr(innermost(model), "config", None)
     count = getattr(config, "num_hidden_layers", None)
     lists = [
         name
@@ -108,8 +107,7 @@ def reasons_against(model: nn.Module, *, training: bool | None = None) -> tuple[
         training: whether dropout counts as active where a module is in training mode; the modules' own
             modes tell unless given.
     """
-    found = inner_model(model)
-    inner: Any = model if found is None else found[1]
+    inner = innermost(model)
     reasons = []
     if not continues_texts(entrances(model)[-1]) and not continues_texts(inner):
         reasons.append(

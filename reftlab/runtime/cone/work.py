@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from reftlab.address.alias import inner_model
+from reftlab.address.alias import innermost
 from reftlab.runtime.cone.stack import BlockStack
 from reftlab.runtime.cone.value import Cone
 
@@ -100,8 +100,7 @@ def _used(block: nn.Module) -> float:
 
 def _attention_width(model: nn.Module) -> int:
     """Features of all heads together."""
-    _, inner = inner_model(model) or ("", model)
-    config: Any = getattr(inner, "config", None)
+    config: Any = getattr(innermost(model), "config", None)
     heads = getattr(config, "num_attention_heads", 0) or 0
     size = getattr(config, "head_dim", None)
     return heads * size if isinstance(size, int) else getattr(config, "hidden_size", 0) or 0

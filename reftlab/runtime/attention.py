@@ -19,11 +19,12 @@ from torch.overrides import TorchFunctionMode
 
 from reftlab.errors import RunError
 
-__all__ = ["SoftmaxWatch", "attending"]
+__all__ = ["BACKEND", "SoftmaxWatch", "attending"]
 
 Change = Callable[[Tensor], Tensor]
 
-_BACKEND = "_attn_implementation_internal"
+BACKEND = "_attn_implementation_internal"
+"""Where a configuration keeps the name of its attention backend, its own and no other's."""
 _SOFTMAX = frozenset((torch.softmax, functional.softmax, Tensor.softmax, torch.special.softmax))
 
 
@@ -68,16 +69,16 @@ def attending(model: nn.Module, watch: SoftmaxWatch) -> Iterator[None]:
     """Run a Hugging Face model's attention in its eager form, and `watch` it, inside a `with` block."""
     configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if _chooses(c)}
     # The public attribute would also set the configurations inside, each of which is its own here.
-    before = {key: getattr(config, _BACKEND) for key, config in configs.items()}
+    before = {key: getattr(config, BACKEND) for key, config in configs.items()}
     try:
         for key in before:
-            setattr(configs[key], _BACKEND, "eager")
+            setattr(configs[key], BACKEND, "eager")
         with watch:
             yield
     finally:
         for key, backend in before.items():
-            setattr(configs[key], _BACKEND, backend)
+            setattr(configs[key], BACKEND, backend)
 
 
 def _chooses(config: Any) -> bool:
-    return isinstance(getattr(config, _BACKEND, None), str)
+    return isinstance(getattr(config, BACKEND, None), str)

@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from reftlab.errors import RunError
 
-__all__ = ["OwnedHooks", "StopForward", "foreign_hooks", "turn_of"]
+__all__ = ["GraphMark", "OwnedHooks", "StopForward", "foreign_hooks", "marked", "turn_of"]
 
 _KNOWN = ("transformers.", "reftlab.")
 
@@ -62,7 +62,7 @@ class OwnedHooks:
         self._paused = False
         self._thread = threading.get_ident()
         self._tracks_grad = torch.is_grad_enabled()
-        self._mark: _Mark | None = None
+        self._mark: GraphMark | None = None
 
     def on_input(self, module: nn.Module, act: OnInput, first: bool = False) -> None:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -85,10 +85,10 @@ class OwnedHooks:
         """Tell the hooks that `value` now stands in the model; call it with every edited tensor."""
         if self.active and self._tracks_grad and _inside_checkpoint():
             if self._mark is None:
-                self._mark = _Mark()
+                self._mark = GraphMark()
                 weakref.finalize(self._mark, _remove, self.handles)
             if torch.is_grad_enabled():
-                return _Marked.apply(value, self._mark)
+                return marked(value, self._mark)
         return value
 
     def hold(self, output: Any) -> None:
@@ -148,13 +148,19 @@ class OwnedHooks:
         _remove(self.handles)
 
 
-class _Mark:
+class GraphMark:
     """Lives as long as the autograd graph that holds it."""
+
+
+def marked(value: Tensor, mark: GraphMark) -> Tensor:
+    """The same value; `mark` now lives at least as long as the graph behind it may be differentiated."""
+    found: Tensor = _Marked.apply(value, mark)
+    return found
 
 
 class _Marked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, mark: _Mark) -> Tensor:
+    def forward(ctx: Any, value: Tensor, mark: GraphMark) -> Tensor:
         ctx.mark = mark
         return value.view_as(value)
 

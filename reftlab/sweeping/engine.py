@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reftlab.errors import RunError
 from reftlab.graph import BASE
-from reftlab.runtime.cone import BlockStack, reasons_against
+from reftlab.runtime.cone import BlockStack, PrefixAttention, reasons_against
 from reftlab.sweeping.passes import Passes, Patch, Recorded
 from reftlab.sweeping.prompts import Row
 from reftlab.sweeping.schedule import Batch, Job, schedule
@@ -44,6 +44,7 @@ class Engine:
         reasons = _reasons(reft, sites) if cone else ["cone=False"]
         self.why = tuple(reasons)
         self.stack = None if reasons else BlockStack.of(reft.model)
+        self._attention = PrefixAttention(reft.model, () if self.stack is None else self.stack.blocks)
         self._checked: dict[tuple[Any, ...], Row] = {}
 
     @property
@@ -56,7 +57,7 @@ class Engine:
         passes = Passes(self.reft, row, self.stack)
         recorded = passes.record(sites, states=self.cone)
         if self.stack is not None:
-            passes = Staircase(self.reft, row, self.stack, recorded)
+            passes = Staircase(self.reft, row, self.stack, recorded, self._attention)
         return passes, recorded
 
     def job(self, cell: int, rows: Sequence[Sequence[Patch]], passes: Passes) -> Job | None:
@@ -110,17 +111,28 @@ class Engine:
         """
         if not self.cone or not isinstance(passes, Staircase):
             return passes.plain(rows)
-        found = passes.logits(rows, start, tokens)
         chosen = self._unchecked(passes, rows)
         if not chosen:
-            return found
-        # Each alone, as what goes wrong may hang on the number of rows.
-        whole = torch.cat([passes.plain([rows[number]]) for number in chosen]).double()
+            return passes.logits(rows, start, tokens)
+        # One alone and the rest together, as what goes wrong may hang on the number of rows.
+        parts = [part for part in (chosen[:1], chosen[1:]) if part]
+        whole = torch.cat([passes.plain([rows[number] for number in part]) for part in parts]).double()
         wanted = slice(None) if tokens is None else list(tokens)
-        apart = float((found[chosen].double() - whole)[:, wanted].abs().max())
-        bound = float(torch.finfo(found.dtype).eps ** 0.5 * max(1.0, float(whole.std())))
-        if apart <= bound:
-            return found
+        bound = float(torch.finfo(passes.base.logits.dtype).eps ** 0.5 * max(1.0, float(whole.std())))
+        apart = float("inf")
+        while apart > bound:
+            try:
+                found = passes.logits(rows, start, tokens)
+                apart = float((found[chosen].double() - whole)[:, wanted].abs().max())
+            except RuntimeError:
+                if not self._attention.usable:
+                    raise
+            if apart <= bound:
+                return found
+            if not self._attention.usable:
+                break
+            # The model's attention may be none that can be run on the prefix as it stands.
+            self._attention.usable = False
         self.why = (
             f"a cell on its cone differed from a whole pass by {apart:.2g} in its logits, more than "
             f"{bound:.2g}",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from reftlab.address import parse_path, portable_names, resolve
 from reftlab.errors import RunError
-from reftlab.runtime.cone import BlockStack, cache_of
+from reftlab.runtime.cone import BlockStack, PrefixAttention, check_attended
 from reftlab.runtime.hooks import OwnedHooks, StopForward
 from reftlab.runtime.leaf import get_output, put_output
 from reftlab.sweeping.passes import Passes, Patch, Recorded, acting, logits_of, patching, run_row
@@ -40,13 +40,16 @@ class Staircase(Passes):
         row: the prompt.
         stack: the model's blocks.
         base: the unpatched run, recorded with its states.
+        attention: the model's, over the tokens before the first patched one.
     """
 
     stack: BlockStack
 
-    def __init__(self, reft: BoundModel, row: Row, stack: BlockStack, base: Recorded) -> None:
+    def __init__(
+        self, reft: BoundModel, row: Row, stack: BlockStack, base: Recorded, attention: PrefixAttention
+    ) -> None:
         super().__init__(reft, row, stack)
-        self.base = base
+        self.base, self.attention = base, attention
 
     def entry(self, patches: Sequence[Patch]) -> int:
         """The first block that a row computes."""
@@ -73,8 +76,7 @@ class Staircase(Passes):
             with batch.entering(), self._last_mlp(), self.some_logits(tokens, rows) as spread:
                 return spread(logits_of(call())[:, -1].detach())
 
-        with torch.no_grad():
-            found = run_row(self.reft, self.row, self._inputs(batch, start), body)
+        found = self._run(batch, start, body)
         return found[order.argsort().to(found.device)]
 
     def read(
@@ -94,9 +96,16 @@ class Staircase(Passes):
             with batch.entering():
                 call()
 
-        with torch.no_grad():
-            run_row(self.reft, self.row, self._inputs(batch, start), body)
+        self._run(batch, start, body)
         return kept[0][order.argsort().to(kept[0].device)]
+
+    def _run(self, batch: _Batch, start: int, body: Callable[[OwnedHooks, Callable[[], Any]], Any]) -> Any:
+        inputs = self._inputs(batch, start)
+        cache = inputs["past_key_values"]
+        with torch.no_grad(), self.attention.attending(self.base.keys_values[0][0]):
+            found = run_row(self.reft, self.row, inputs, body)
+        check_attended(cache)
+        return found
 
     @contextlib.contextmanager
     def _last_mlp(self) -> Iterator[None]:
@@ -133,11 +142,12 @@ class Staircase(Passes):
 
     def _inputs(self, batch: _Batch, start: int) -> dict[str, Any]:
         """One row of the tokens from `start` on; the blocks make it the batch's rows."""
-        cache = cache_of([])
+        layers = []
         for count, (keys, values) in zip(batch.counts, self.base.keys_values, strict=False):
             # Each block has its own number of rows; one that no row enters says how many tokens there are.
             wide = [part[:, :, :start].expand(max(1, count), -1, -1, -1) for part in (keys, values)]
-            cache.layers += cache_of([(wide[0], wide[1])]).layers
+            layers.append((wide[0], wide[1]))
+        cache = self.attention.cache_of(layers)
         inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
         for key, value in self.row.inputs.items():
             whole = key == "attention_mask" or value.dim() < 2 or value.shape[1] != self.tokens

@@ -378,7 +378,9 @@ def test_each_kind_of_site_is_checked_and_each_prompt_where_edits_act(monkeypatc
     clean, corrupt = prompts(rows=2)
     sweep(bound, clean, corrupt, ["blocks[*].output", "blocks[*].attn.k"], batch_size=64)
     # Each pair's other run is a whole pass without a cache as well.
-    assert shapes.count(((1, 11), True)) == 2 + checks
+    whole = [shape for shape, uncached in shapes if uncached and shape[1] == 11]
+    assert sum(rows for rows, _ in whole) == 2 + checks
+    assert len(whole) < 2 + checks
 
 
 def test_a_sweep_leaves_the_model_as_it_was():

@@ -1,7 +1,8 @@
 """The causal cone of a graph's edits: what they can change, and running nothing else."""
 
+from reftlab.runtime.cone.prefix import PrefixAttention, check_attended
 from reftlab.runtime.cone.runner import ConeRunner, Predictions
-from reftlab.runtime.cone.stack import BlockStack, cache_of, extras_of, reasons_against, skipping
+from reftlab.runtime.cone.stack import BlockStack, extras_of, reasons_against, skipping
 from reftlab.runtime.cone.store import ConeStore
 from reftlab.runtime.cone.value import Cone, Reach, cone_of
 
@@ -11,8 +12,9 @@ __all__ = [
     "ConeRunner",
     "ConeStore",
     "Predictions",
+    "PrefixAttention",
     "Reach",
-    "cache_of",
+    "check_attended",
     "cone_of",
     "extras_of",
     "reasons_against",

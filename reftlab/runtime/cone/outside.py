@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from reftlab.runtime.cone.room import Room
 from reftlab.runtime.cone.stack import BlockStack, extras_of
 from reftlab.runtime.cone.store import ConeStore
 from reftlab.runtime.digest import ADAPTER_SWITCHES
@@ -70,6 +70,7 @@ class Outside:
 
     Attributes:
         extras: for each block how many values it returns behind the hidden state; see `skipping`.
+        room: where a batch's keys and values are put together.
     """
 
     def __init__(self, reft: BoundModel, stack: BlockStack, store: ConeStore) -> None:
@@ -79,7 +80,7 @@ class Outside:
         self._versions: tuple[int, ...] = ()
         self._state: Any = None
         self._identity = b""
-        self._room = torch.empty(0)
+        self.room = Room()
         self._samples: list[Tensor] = []
         self._seen: list[Tensor] = []
         self._switches: list[Any] = []
@@ -139,21 +140,14 @@ class Outside:
         found: dict[bytes, Tensor],
         device: torch.device,
     ) -> Tensor | None:
-        """Keys and values of all rows, in the same memory at each call: caches copy what they continue."""
+        """Keys and values of all rows."""
         width = max(part.start for part in parts)
         if not width:
             return None
         one = next(found[before[0]] for before in keys if before)
         blocks, two, heads, _, size = one.shape
         shape = blocks, two, len(parts), heads, width, size
-        if self._room.numel() < math.prod(shape) or (self._room.dtype, self._room.device) != (
-            one.dtype,
-            device,
-        ):
-            # Kept for later calls, which may be ordinary ones.
-            with torch.inference_mode(False):
-                self._room = torch.empty(math.prod(shape), dtype=one.dtype, device=device)
-        past = self._room[: math.prod(shape)].view(shape)
+        past = self.room.take(shape, one.dtype, device)
         for row, (part, before) in enumerate(zip(parts, keys, strict=True)):
             past[:, :, row, :, : width - part.start] = 0
             for number, key in enumerate(before):

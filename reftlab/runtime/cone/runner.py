@@ -16,7 +16,8 @@ from reftlab.errors import PositionError
 from reftlab.graph import BASE
 from reftlab.runtime.build import forget_pass
 from reftlab.runtime.cone.outside import Outside, Part
-from reftlab.runtime.cone.stack import BlockStack, cache_of, reasons_against, skipping, zeros
+from reftlab.runtime.cone.prefix import PrefixAttention, check_attended, placeholder
+from reftlab.runtime.cone.stack import BlockStack, reasons_against, skipping
 from reftlab.runtime.cone.store import ConeStore
 from reftlab.runtime.cone.value import Cone, cone_of
 from reftlab.runtime.hooks import turn_of
@@ -79,6 +80,7 @@ class ConeRunner:
         """Take note of the model's blocks, and nothing yet of how they behave."""
         self._stack = BlockStack.of(self.reft.model)
         self._outside = None if self._stack is None else Outside(self.reft, self._stack, self.store)
+        self._attention = PrefixAttention(self.reft.model, () if self._stack is None else self._stack.blocks)
         self._reasons: dict[tuple[bool, bool], tuple[str, ...]] = {}
         self._different: tuple[str, ...] = ()
         self._checked: set[tuple[int, bool]] = set()
@@ -98,7 +100,7 @@ class ConeRunner:
 
     def cone(self, batch: Mapping[str, Any]) -> Cone:
         """The cone of a batch, whose `why` says where everything must run."""
-        return cone_of(self.reft, batch, reasons=self.why)
+        return cone_of(self.reft, batch, reasons=self.why, stack=self._stack)
 
     def predictions(self, batch: Mapping[str, Any], cone: Cone | None = None) -> Predictions | None:
         """The logits at the labels of a batch, with gradients where these are on.
@@ -183,9 +185,14 @@ class ConeRunner:
                 stack.enter_context(skipping(self._stack, count, hidden, self._outside.extras[:count]))
             if gathers:
                 stack.enter_context(_only(model.get_submodule(self._stack.head), rows, columns))
-            output = reft._call(run, model, (), self._inputs(arranged, past, hidden, count))
+            inputs = self._inputs(arranged, past, hidden, count)
+            if past is not None:
+                stack.enter_context(self._attention.attending(past))
+            output = reft._call(run, model, (), inputs)
         run.check_touched(True, False)
+        check_attended(inputs.get("past_key_values"))
         logits = output.logits[0] if gathers else output.logits[rows.to(device), columns.to(device)]
+        logits = self._outside.room.hold(logits)
         pairs = zip(parts, cone.targets, strict=True)
         labels = torch.tensor([part.labels[token + 1] for part, targets in pairs for token in targets])
         return Predictions(logits, labels.to(logits.device), rows)
@@ -202,10 +209,10 @@ class ConeRunner:
         if not before:
             return inputs | {"use_cache": False}
         like = hidden[:, None] if past is None else past[0, 0]
-        placeholder = zeros(like.shape[0], like.shape[1], before, like.shape[3], like)
-        layers = [(placeholder, placeholder)] * count
+        empty = placeholder(like.shape[0], like.shape[1], before, like.shape[3], like)
+        layers = [(empty, empty)] * count
         layers += [] if past is None else [(kv[0], kv[1]) for kv in past]
-        return inputs | {"past_key_values": cache_of(layers), "use_cache": True}
+        return inputs | {"past_key_values": self._attention.cache_of(layers), "use_cache": True}
 
     def _compare(self, batch: Mapping[str, Any], cone: Cone) -> None:
         """Run a part of a batch both ways, and note in `why` if the two differ."""
@@ -220,22 +227,33 @@ class ConeRunner:
             torch.manual_seed(0)
             plain = reft(**part).logits
             small = cone_of(reft, part, reasons=())
-            torch.manual_seed(0)
-            try:
-                quick = self._run(part, small)
-            except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
-                self._different = (f"{type(reft.model).__name__} cannot be entered in the middle: {error}",)
-                return
-        columns = [(batch_row, part_columns) for batch_row, part_columns in enumerate(_columns(part, small))]
+            why = self._difference(part, small, plain)
+            if why and self._attention.usable:
+                # The model's attention may be none that can be run on the prefix as it stands.
+                self._attention.usable = False
+                why = self._difference(part, small, plain)
+        self._different = why
+
+    def _difference(
+        self, batch: Mapping[str, Any], cone: Cone, plain: Float[Tensor, "row token vocab"]
+    ) -> tuple[str, ...]:
+        """What tells a batch on its cone from a plain run; nothing where it is rounding."""
+        name = type(self.reft.model).__name__
+        torch.manual_seed(0)
+        try:
+            quick = self._run(batch, cone)
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+            return (f"{name} cannot be entered in the middle: {error}",)
+        columns = enumerate(_columns(batch, cone))
         wanted = torch.cat([plain[row, there] for row, there in columns]).float()
         difference = float((wanted - quick.logits.float()).abs().max())
-        scale = float(wanted.max() - wanted.min())
-        allowed = _TOLERANCE.get(plain.dtype, _COARSE)
-        if not difference <= allowed * scale:
-            self._different = (
-                f"{type(reft.model).__name__} gives other logits when it is entered in the middle: they "
-                f"differ by {difference:.2g}, and {allowed * scale:.2g} is rounding",
-            )
+        allowed = _TOLERANCE.get(plain.dtype, _COARSE) * float(wanted.max() - wanted.min())
+        if difference <= allowed:
+            return ()
+        return (
+            f"{name} gives other logits when it is entered in the middle: they differ by {difference:.2g}, "
+            f"and {allowed:.2g} is rounding",
+        )
 
 
 def _goes_with(reft: BoundModel, rows: int) -> bool:

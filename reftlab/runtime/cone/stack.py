@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ from reftlab.runtime.hooks import foreign_hooks
 from reftlab.runtime.modes import saves_activations
 from reftlab.runtime.wrapped import entrances, is_dispatched
 
-__all__ = ["BlockStack", "cache_of", "extras_of", "reasons_against", "skipping", "zeros"]
+__all__ = ["BlockStack", "extras_of", "reasons_against", "skipping"]
 
 
 _GLOBAL_HOOKS = frozenset(
@@ -185,30 +184,6 @@ def _compiled(module: nn.Module) -> bool:
     return "_orig_mod" in module._modules or vars(module).get("_compiled_call_impl") is not None
 
 
-def cache_of(
-    layers: Sequence[tuple[Float[Tensor, "_ head token k"], Float[Tensor, "_ head token v"]]],
-) -> Any:
-    """A key-value cache of given contents, for a pass that continues it.
-
-    Its layers keep everything, whatever sliding windows the model has: masks count from the first
-    token, and shut out what a window does not reach.
-
-    Args:
-        layers: keys and values of each block.
-    """
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    cache = DynamicCache()
-    for keys, values in layers:
-        # Put there as they are: `update` would copy them.
-        layer: Any = DynamicLayer()
-        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
-        layer.keys, layer.values = keys, values
-        cache.layers.append(layer)
-    return cache
-
-
 @contextlib.contextmanager
 def skipping(
     stack: BlockStack, count: int, hidden: Float[Tensor, "row token width"], extras: Sequence[int]
@@ -252,8 +227,3 @@ def skipping(
 def extras_of(output: Any) -> int:
     """How many values a block returns behind the hidden state; -1 where it returns a tensor."""
     return len(output) - 1 if isinstance(output, tuple) else -1
-
-
-def zeros(rows: int, heads: int, tokens: int, width: int, like: Tensor) -> Tensor:
-    """Keys of a block that is left out: they say how many tokens there are, and take no memory."""
-    return torch.zeros(1, 1, 1, 1, dtype=like.dtype, device=like.device).expand(rows, heads, tokens, width)

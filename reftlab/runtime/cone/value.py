@@ -108,6 +108,7 @@ def cone_of(
     training: bool | None = None,
     train_model: bool = False,
     reasons: Sequence[str] | None = None,
+    stack: BlockStack | None = None,
 ) -> Cone:
     """Work out the causal cone of the edits that act in a batch.
 
@@ -119,6 +120,7 @@ def cone_of(
         training: whether dropout of the model counts as active; its modules' own modes tell unless given.
         train_model: whether the model's own parameters learn, so that no value stays as it is.
         reasons: what `reasons_against` says of the model, where that is known already.
+        stack: the model's blocks, where they are known already.
 
     Raises:
         RunError: the batch holds no tokens.
@@ -138,7 +140,7 @@ def cone_of(
         raise RunError("batch= holds no input_ids (row, token), so it has no tokens to plan for")
     options.check_rows(layout.rows)
     lengths = tuple(len(p) + len(a) for p, a in zip(layout.prompts, layout.answers, strict=True))
-    stack = BlockStack.of(bound.model)
+    stack = BlockStack.of(bound.model) if stack is None else stack
     why = list(reasons_against(bound.model, training=training) if reasons is None else reasons)
     if train_model:
         why.append("parameters of the model itself learn (train_model=True)")

@@ -222,6 +222,8 @@ def _moved(reft: Any) -> None:
 class Map:
     def __init__(self) -> None:
         self.clean, self.corrupt, self.answers = ioi(tokenizer)
+        # Bound once, as other libraries wrap their model once.
+        self.bound = rl.InterventionGraph().bind(model, tokenizer)
 
     def values(self) -> list[Tensor]:
         found: list[Tensor] = []
@@ -258,13 +260,12 @@ class Map:
 
     def sweep(self, cone: bool = True) -> Any:
         return rl.sweep(
-            model,
+            self.bound,
             CLEAN,
             CORRUPT,
             sites="blocks[*].output",
             positions="all",
             metric=rl.logit_diff(*ANSWERS),
-            tokenizer=tokenizer,
             cone=cone,
             progress=False,
         )

@@ -12,9 +12,10 @@ from torch import Tensor
 from reftlab.errors import RunError
 from reftlab.graph import BASE
 from reftlab.runtime.cone import BlockStack, PrefixAttention, reasons_against
+from reftlab.sweeping.packed import Packed
 from reftlab.sweeping.passes import Passes, Patch, Recorded
 from reftlab.sweeping.prompts import Row
-from reftlab.sweeping.schedule import Batch, Job, schedule
+from reftlab.sweeping.schedule import Batch, Job, packed, schedule
 from reftlab.sweeping.sites import SweptSite, entry_of, kind_of
 from reftlab.sweeping.staircase import Staircase
 
@@ -45,6 +46,8 @@ class Engine:
         self.why = tuple(reasons)
         self.stack = None if reasons else BlockStack.of(reft.model)
         self._attention = PrefixAttention(reft.model, () if self.stack is None else self.stack.blocks)
+        entries = [None if self.stack is None else entry_of(site.site, self.stack) for site in sites]
+        self._between_blocks = not self._edited and all(entry is not None and entry[1] for entry in entries)
         self._checked: dict[tuple[Any, ...], Row] = {}
 
     @property
@@ -57,7 +60,8 @@ class Engine:
         passes = Passes(self.reft, row, self.stack)
         recorded = passes.record(sites, states=self.cone)
         if self.stack is not None:
-            passes = Staircase(self.reft, row, self.stack, recorded, self._attention)
+            kind = Packed if self._between_blocks else Staircase
+            passes = kind(self.reft, row, self.stack, recorded, self._attention)
         return passes, recorded
 
     def job(self, cell: int, rows: Sequence[Sequence[Patch]], passes: Passes) -> Job | None:
@@ -79,6 +83,8 @@ class Engine:
     def batches(self, jobs: Sequence[Job], passes: Passes, batch_size: int | None) -> list[Batch]:
         """The cells in groups that are computed together; first that which leaves most to the cone."""
         blocks = 1 if self.stack is None else len(self.stack)
+        if isinstance(passes, Packed) and passes.packs:
+            return packed(jobs, passes.tokens, self.reft.device.type, batch_size)
         found = schedule(jobs, passes.tokens, blocks, self.reft.device.type, batch_size)
         return sorted(found, key=lambda batch: (min(job.entry for job in batch.jobs), -batch.start))
 
@@ -114,9 +120,7 @@ class Engine:
         chosen = self._unchecked(passes, rows)
         if not chosen:
             return passes.logits(rows, start, tokens)
-        # One alone and the rest together, as what goes wrong may hang on the number of rows.
-        parts = [part for part in (chosen[:1], chosen[1:]) if part]
-        whole = torch.cat([passes.plain([rows[number] for number in part]) for part in parts]).double()
+        whole = passes.plain([rows[number] for number in chosen]).double()
         wanted = slice(None) if tokens is None else list(tokens)
         bound = float(torch.finfo(passes.base.logits.dtype).eps ** 0.5 * max(1.0, float(whole.std())))
         apart = float("inf")
@@ -133,6 +137,8 @@ class Engine:
                 break
             # The model's attention may be none that can be run on the prefix as it stands.
             self._attention.usable = False
+            # Later batches are made up in another way.
+            self._checked.clear()
         self.why = (
             f"a cell on its cone differed from a whole pass by {apart:.2g} in its logits, more than "
             f"{bound:.2g}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Batch", "Job", "rows_at_once", "schedule"]
+__all__ = ["Batch", "Job", "packed", "rows_at_once", "schedule"]
 
 _BLOCK_CALL = {"cpu": 40}
 """What calling a block costs besides its tokens, in tokens: reading its weights, and Python."""
@@ -66,6 +66,30 @@ def schedule(
         room = batch_size or rows_at_once(device, tokens - starts[begin])
         batches += _chunks(together, starts[begin], room)
     return batches
+
+
+def packed(
+    jobs: Sequence[Job], tokens: int, device: str = "cpu", batch_size: int | None = None
+) -> list[Batch]:
+    """Group cells whose rows have only their own tokens, those of later tokens first.
+
+    Args:
+        jobs, tokens, device, batch_size: as for `schedule`.
+    """
+    sizes = [job.rows * (tokens - job.start) for job in jobs]
+    limit = _TOKENS.get(device, _TOKENS_ELSEWHERE)
+    share = sum(sizes) / max(1, -(-sum(sizes) // limit))
+    batches: list[Batch] = []
+    own: list[Job] = []
+    done = 0
+    for job in sorted(jobs, key=lambda job: (-job.start, job.entry)):
+        full = batch_size is not None and sum(other.rows for other in own) + job.rows > batch_size
+        if own and (full or done >= share * (len(batches) + 1)):
+            batches.append(Batch(own[-1].start, tuple(own)))
+            own = []
+        own.append(job)
+        done += job.rows * (tokens - job.start)
+    return [*batches, Batch(own[-1].start, tuple(own))] if own else []
 
 
 def rows_at_once(device: str, tokens: int) -> int:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from reftlab.address import parse_path, portable_names, resolve
 from reftlab.errors import RunError
@@ -29,7 +30,7 @@ from reftlab.sweeping.sites import SweptSite, entry_of
 if TYPE_CHECKING:
     from reftlab.runtime import BoundModel
 
-__all__ = ["Staircase"]
+__all__ = ["Staircase", "replaced"]
 
 
 class Staircase(Passes):
@@ -76,7 +77,7 @@ class Staircase(Passes):
             with batch.entering(), self._last_mlp(), self.some_logits(tokens, rows) as spread:
                 return spread(logits_of(call())[:, -1].detach())
 
-        found = self._run(batch, start, body)
+        found = self._run(self._inputs(batch, start), body)
         return found[order.argsort().to(found.device)]
 
     def read(
@@ -96,11 +97,10 @@ class Staircase(Passes):
             with batch.entering():
                 call()
 
-        self._run(batch, start, body)
+        self._run(self._inputs(batch, start), body)
         return kept[0][order.argsort().to(kept[0].device)]
 
-    def _run(self, batch: _Batch, start: int, body: Callable[[OwnedHooks, Callable[[], Any]], Any]) -> Any:
-        inputs = self._inputs(batch, start)
+    def _run(self, inputs: dict[str, Any], body: Callable[[OwnedHooks, Callable[[], Any]], Any]) -> Any:
         cache = inputs["past_key_values"]
         with torch.no_grad(), self.attention.attending(self.base.keys_values[0][0]):
             found = run_row(self.reft, self.row, inputs, body)
@@ -108,8 +108,8 @@ class Staircase(Passes):
         return found
 
     @contextlib.contextmanager
-    def _last_mlp(self) -> Iterator[None]:
-        """The last block's MLP runs on the last token alone inside a `with` block: no other is read."""
+    def _last_mlp(self, ends: Any = slice(-1, None)) -> Iterator[None]:
+        """The last block's MLP runs on the last token alone, or on those of `ends`, inside a `with` block."""
         model = self.reft.model
         name = _last_mlp_of(model)
         edited = [f"{bound.site.module}." for bound in self.reft.edits]
@@ -122,10 +122,12 @@ class Staircase(Passes):
         def on_last(*args: Any, **kwargs: Any) -> Any:
             if kwargs or not all(isinstance(value, Tensor) and value.dim() == 3 for value in args):
                 return forward(*args, **kwargs)
-            found = forward(*(value[:, -1:] for value in args))
+            found = forward(*(value[:, ends] for value in args))
             if not isinstance(found, Tensor) or found.dim() != 3:
                 return forward(*args)
-            return torch.nn.functional.pad(found, (0, 0, args[0].shape[1] - 1, 0))
+            whole = found.new_zeros(*args[0].shape[:2], found.shape[2])
+            whole[:, ends] = found
+            return whole
 
         module.__dict__["forward"] = on_last
         try:
@@ -147,7 +149,10 @@ class Staircase(Passes):
             # Each block has its own number of rows; one that no row enters says how many tokens there are.
             wide = [part[:, :, :start].expand(max(1, count), -1, -1, -1) for part in (keys, values)]
             layers.append((wide[0], wide[1]))
-        cache = self.attention.cache_of(layers)
+        return self._inputs_of(self.attention.cache_of(layers), start)
+
+    def _inputs_of(self, cache: Any, start: int) -> dict[str, Any]:
+        """One row's tokens from `start` on, which continue a cache."""
         inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
         for key, value in self.row.inputs.items():
             whole = key == "attention_mask" or value.dim() < 2 or value.shape[1] != self.tokens
@@ -202,20 +207,9 @@ class _Batch:
         """How many rows have entered where a site is reached."""
         return self.counts[-1] if site.block is None else self.counts[site.block]
 
-    @contextlib.contextmanager
-    def entering(self) -> Iterator[None]:
+    def entering(self) -> AbstractContextManager[None]:
         """Each block runs on its own rows inside a `with` block."""
-        own = [block.__dict__.get("forward") for block in self._stack.blocks]
-        try:
-            for number, block in enumerate(self._stack.blocks):
-                block.__dict__["forward"] = self._shadow(number, block.forward)
-            yield
-        finally:
-            for block, forward in zip(self._stack.blocks, own, strict=True):
-                if forward is None:
-                    block.__dict__.pop("forward", None)
-                else:
-                    block.__dict__["forward"] = forward
+        return replaced(self._stack.blocks, self._shadow)
 
     def _shadow(self, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         """A block's `forward` on those rows that have entered."""
@@ -248,6 +242,29 @@ class _Batch:
                 entered = act(sites[0], entered)  # type: ignore[assignment]
         # A copy, as a model may write to its hidden state, and the base run's is needed again.
         return entered.clone() if before == 0 else torch.cat([hidden[:before], entered])
+
+
+@contextlib.contextmanager
+def replaced(
+    blocks: Sequence[nn.Module], other: Callable[[int, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Each block has another `forward` inside a `with` block.
+
+    Args:
+        blocks: the blocks.
+        other: makes it, from the block's number and its own `forward`.
+    """
+    own = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for number, block in enumerate(blocks):
+            block.__dict__["forward"] = other(number, block.forward)
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.__dict__["forward"] = forward
 
 
 def _last_mlp_of(model: Any) -> str | None:

@@ -320,12 +320,16 @@ class LooksAhead(torch.nn.Module):
         return self.inner(hidden) + hidden.mean(1, keepdim=True)
 
 
-def test_a_model_that_breaks_the_cone_unseen_is_found_out_by_its_first_cells():
+@pytest.mark.parametrize("part", ["", ".mlp"])
+def test_a_model_that_breaks_the_cone_unseen_is_found_out_by_its_first_cells(part):
     model = build("llama")
     model.model.layers[1].mlp = LooksAhead(model.model.layers[1].mlp)
-    clean, corrupt = prompts()
-    found = sweep(model, clean, corrupt)
-    close(found.values[0, :, 0], patched_map(model, list(blocks_of(model)), "output", corrupt, clean))
+    clean, corrupt = prompts(rows=2)
+    found = sweep(model, clean, corrupt, f"blocks[*]{part}.output")
+    modules = [block.get_submodule(part[1:]) for block in blocks_of(model)]
+    for row in (0, 1):
+        pair = ({name: value[row : row + 1] for name, value in one.items()} for one in (corrupt, clean))
+        close(found.values[row, :, 0], patched_map(model, modules, "output", *pair))
     assert "differed from a whole pass" in found.why[0]
 
 
@@ -355,9 +359,14 @@ def test_what_goes_wrong_in_the_last_row_alone_is_found_out_too():
     model.model.embed_tokens.__class__ = Counting
     model.model.layers[2].mlp = FirstRows(model.model.layers[2].mlp, model.model.embed_tokens)
     clean, corrupt = prompts()
+    modules = [block.self_attn for block in blocks_of(model)]
+    found = sweep(model, clean, corrupt, "blocks[*].attn.output")
+    close(found.values[0, :, 0], patched_map(model, modules, "output", corrupt, clean))
+    assert "differed from a whole pass" in found.why[0]
+    # Packed rows are one row, as the model was called with.
     found = sweep(model, clean, corrupt)
     close(found.values[0, :, 0], patched_map(model, list(blocks_of(model)), "output", corrupt, clean))
-    assert "differed from a whole pass" in found.why[0]
+    assert not found.why
 
 
 @pytest.mark.parametrize(("edited", "checks"), [(False, 5), (True, 10)])

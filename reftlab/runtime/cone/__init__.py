@@ -1,6 +1,6 @@
 """The causal cone of a graph's edits: what they can change, and running nothing else."""
 
-from reftlab.runtime.cone.prefix import PrefixAttention, check_attended
+from reftlab.runtime.cone.prefix import PrefixAttention, Segment, check_attended
 from reftlab.runtime.cone.runner import ConeRunner, Predictions
 from reftlab.runtime.cone.stack import BlockStack, extras_of, reasons_against, skipping
 from reftlab.runtime.cone.store import ConeStore
@@ -14,6 +14,7 @@ __all__ = [
     "Predictions",
     "PrefixAttention",
     "Reach",
+    "Segment",
     "check_attended",
     "cone_of",
     "extras_of",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from reftlab.address.alias import innermost
 from reftlab.runtime.attention import BACKEND
 
-__all__ = ["PrefixAttention", "check_attended", "placeholder"]
+__all__ = ["PrefixAttention", "Segment", "check_attended", "placeholder"]
 
 _NAME = "reftlab_prefix"
 """What transformers knows this attention by."""
@@ -30,6 +30,19 @@ _FEW = 64
 """Of more new tokens the scores outweigh the keys, and the fused kernel never holds them."""
 
 KeysValues = tuple[Float[Tensor, "_ _ token _"], Float[Tensor, "_ _ token _"]]
+
+
+class Segment(NamedTuple):
+    """Rows of equal length among packed tokens, one behind the other.
+
+    Attributes:
+        rows: how many.
+        keys, values: of the tokens before each row's first, `(1, shared, before, k or v)`.
+    """
+
+    rows: int
+    keys: Tensor
+    values: Tensor
 
 
 class PrefixAttention:
@@ -47,7 +60,17 @@ class PrefixAttention:
         self.usable = bool(getattr(innermost(model), "_supports_attention_backend", False))
         self._configs, self._of_blocks = _configs([model]), _configs(blocks)
 
-    def cache_of(self, layers: Sequence[KeysValues]) -> Any:
+    def applies(self, like: Tensor) -> bool:
+        """Whether `attending` changes anything.
+
+        Args:
+            like: some of the cached keys or values.
+        """
+        fused = {getattr(config, BACKEND) for config in self._of_blocks} == {"sdpa"}
+        exact = like.dtype in _EXACT and not torch.is_autocast_enabled(like.device.type)
+        return self.usable and fused and exact
+
+    def cache_of(self, layers: Sequence[KeysValues], packed: Sequence[Sequence[Segment]] = ()) -> Any:
         """A key-value cache of given contents, for a pass that continues it, inside `attending` or not.
 
         Its layers keep everything, whatever sliding windows the model has: masks count from the first
@@ -55,6 +78,8 @@ class PrefixAttention:
 
         Args:
             layers: keys and values of each block; one row may be expanded to all rows.
+            packed: for each block what its tokens are, where they are not a row's tokens from the first
+                uncached one on, but those of many rows one behind the other; inside `attending` alone.
         """
         from transformers import DynamicCache
 
@@ -66,6 +91,8 @@ class PrefixAttention:
             layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
             layer.keys, layer.values = keys, values
             found.layers.append(layer)
+        for layer, segments in zip(found.layers, packed, strict=False):
+            layer.segments = tuple(segments)
         return found
 
     @contextlib.contextmanager
@@ -77,9 +104,7 @@ class PrefixAttention:
         Args:
             like: some of the cached keys or values.
         """
-        fused = {getattr(config, BACKEND) for config in self._of_blocks} == {"sdpa"}
-        exact = like.dtype in _EXACT and not torch.is_autocast_enabled(like.device.type)
-        if not (self.usable and fused and exact):
+        if not self.applies(like):
             yield
             return
         _register()
@@ -128,11 +153,12 @@ def _layer_class() -> Any:
         def __init__(self, config: Any) -> None:
             super().__init__()
             self.config, self.owed = config, False
+            self.segments: tuple[Segment, ...] = ()
 
         def update(
             self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
         ) -> tuple[Tensor, Tensor]:
-            if getattr(self.config, BACKEND, None) != _NAME or not self.get_seq_length():
+            if getattr(self.config, BACKEND, None) != _NAME or not (self.segments or self.get_seq_length()):
                 found: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
                 return found
             key_states.prefix = self  # type: ignore[attr-defined]
@@ -160,7 +186,7 @@ def _register() -> None:
         prefix = getattr(key, "prefix", None)
         if prefix is not None:
             prefix.owed = False
-            if query.shape[2] > _FEW:
+            if query.shape[2] > _FEW and not prefix.segments:
                 key, value = torch.cat([prefix.keys, key], 2), torch.cat([prefix.values, value], 2)
                 prefix = None
         if prefix is None:
@@ -171,10 +197,35 @@ def _register() -> None:
         if kwargs.get("position_bias") is not None or kwargs.get("dropout"):
             raise RuntimeError("position biases and dropout are left to the model's own attention")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if prefix.segments:
+            return _attend_packed(query * scale, key, value, prefix.segments, attention_mask), None
         return _attend(query * scale, key, value, prefix.keys, prefix.values, attention_mask), None
 
     AttentionInterface.register(_NAME, attend)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
+
+
+def _attend_packed(
+    query: Float[Tensor, "1 head token k"],
+    key: Float[Tensor, "1 shared token k"],
+    value: Float[Tensor, "1 shared token v"],
+    segments: Sequence[Segment],
+    mask: Tensor | None,
+) -> Float[Tensor, "1 token head v"]:
+    """Each segment's rows among themselves; `mask` is that of one row, whose last tokens are theirs."""
+    total = sum(segment.rows * segment.keys.shape[2] for segment in segments) + query.shape[2]
+    # All rows end with the prompt, so each is as long as it, cached tokens and own ones together.
+    length = total // sum(segment.rows for segment in segments)
+    begin, found = 0, []
+    for segment in segments:
+        rows, own = segment.rows, length - segment.keys.shape[2]
+        here = slice(begin, begin + rows * own)
+        new = [part[0, :, here].unflatten(1, (rows, own)).transpose(0, 1) for part in (query, key, value)]
+        old = [part.expand(rows, -1, -1, -1) for part in (segment.keys, segment.values)]
+        seen = None if mask is None else mask[:, :, mask.shape[2] - own :]
+        found.append(_attend(new[0], new[1], new[2], old[0], old[1], seen).flatten(0, 1))
+        begin = here.stop
+    return torch.cat(found)[None]
 
 
 def _attend(

@@ -12,7 +12,7 @@ from reftlab.collecting.rows import ReadyBatches, TokenRows
 from reftlab.errors import DataError
 from reftlab.graph import Read
 from reftlab.runtime import BoundModel
-from reftlab.runtime.digest import model_digest
+from reftlab.runtime.digest import model_digest, state_digest
 from reftlab.runtime.saving import signature_of
 from reftlab.training.checkpoints import graph_digest
 from reftlab.training.replies import PromptForm
@@ -82,21 +82,12 @@ def settings_of(
         "weights": model_digest(reft.model),
         "edits": edits,
         "graph": graph_digest(reft.graph) if edits else None,
-        "interventions": _values_digest(reft) if edits else None,
+        "interventions": state_digest(reft.interventions) if edits else None,
         **({"chat": form["chat"], "system": form["system"]} if texts else {}),
         **{name: _plain(value) for name, value in further.items()},
         "examples": len(source),
         "data": source.digest(),
     }
-
-
-def _values_digest(reft: BoundModel) -> str:
-    """A short hash of every number in the interventions."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(reft.interventions.state_dict().items()):
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from reftlab.runtime.wrapped import value_of
 
-__all__ = ["ADAPTER_SWITCHES", "digest_of", "model_digest"]
+__all__ = ["ADAPTER_SWITCHES", "digest_of", "model_digest", "state_digest"]
 
 ADAPTER_SWITCHES = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
 """What PEFT's layers note of the adapters that act, which changes their outputs and no number."""
@@ -20,8 +20,8 @@ def model_digest(model: nn.Module) -> str:
     """A hash of everything that a model's outputs depend on.
 
     That is its class and its modules', its configuration, the bytes of every parameter and buffer, and
-    which of PEFT's adapters act. Hooks of others are not part of it. Every byte is read: about a second for
-    each gigabyte.
+    which of PEFT's adapters act. Hooks of others are not part of it. Every byte is read: about a second
+    for each gigabyte.
 
     Args:
         model: the bare model; weights that accelerate keeps elsewhere are fetched.
@@ -36,6 +36,14 @@ def model_digest(model: nn.Module) -> str:
     for named in (model.named_parameters(), model.named_buffers()):
         for name, _ in named:
             digest.update(f"{name} {digest_of([value_of(model, name)])}".encode())
+    return digest.hexdigest()
+
+
+def state_digest(module: nn.Module) -> str:
+    """A hash of every parameter and buffer of a module, by name."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {digest_of([tensor])}".encode())
     return digest.hexdigest()
 
 

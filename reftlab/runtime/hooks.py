@@ -169,13 +169,13 @@ class _Marked(torch.autograd.Function):
         return gradients[0], None
 
 
-def foreign_hooks(module: nn.Module) -> bool:
-    """Whether a module carries hooks that are neither transformers' nor reftlab's own."""
+def foreign_hooks(module: nn.Module) -> list[Any]:
+    """A module's hooks that are neither transformers' nor reftlab's own."""
     hooks = (
         *module._forward_hooks.values(), *module._forward_pre_hooks.values(),
         *module._backward_hooks.values(), *module._backward_pre_hooks.values(),
     )  # fmt: skip
-    return any(not str(getattr(hook, "__module__", "")).startswith(_KNOWN) for hook in hooks)
+    return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith(_KNOWN)]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -138,7 +138,7 @@ class _Pack:
         return on_packed
 
     def leaving(self, module: Any, args: Any, output: Any) -> Any:
-        """Let rows enter behind the last block, and unpack: each row's last token stands for all its tokens."""
+        """Let rows enter behind the last block, and unpack: a row's last token stands for all its tokens."""
         count, name = len(self._stairs.stack), self._stairs.stack.paths[-1]
         joined = self._joined(count, get_output(output, (), name))[0]
         ends = joined[self.ends(count).to(joined.device)]

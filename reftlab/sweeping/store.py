@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reftlab.errors import ArtifactError, DataError
-from reftlab.runtime.digest import digest_of, model_digest
+from reftlab.runtime.digest import digest_of, model_digest, state_digest
+from reftlab.runtime.hooks import foreign_hooks
 
 if TYPE_CHECKING:
     from reftlab.runtime import BoundModel
@@ -60,7 +61,7 @@ class CellStore:
         if not written.exists():
             partial = written.with_suffix(".partial")
             partial.write_text(json.dumps(about, indent=1, ensure_ascii=False, default=str))
-            os.replace(partial, written)
+            _put_in_place(partial, written)
 
     def cells(self, pair: int) -> dict[int, float]:
         """A pair's finished cells by number."""
@@ -100,7 +101,14 @@ class CellStore:
         path = self.folder / f"{name}.safetensors"
         partial = path.with_suffix(".partial")
         save_file(tensors, partial)
-        os.replace(partial, path)
+        _put_in_place(partial, path)
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    """Give a finished file its name, once it is on the disk."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def content_key(parts: Mapping[str, Any]) -> str:
@@ -114,10 +122,15 @@ def _told(value: Any) -> str:
 
 
 def bound_digest(reft: BoundModel) -> str:
-    """A hash of a bound model: of the model as it is now, and of the edits in force."""
+    """A hash of a bound model: of the model as it is now, and of the edits in force.
+
+    Of hooks of others it tells where they are and what they are called, not what they do.
+    """
     digest = hashlib.blake2b(model_digest(reft.model).encode(), digest_size=16)
+    for name, module in reft.model.named_modules():
+        for hook in foreign_hooks(module):
+            digest.update(f"{name} {getattr(hook, '__qualname__', type(hook).__qualname__)}".encode())
     active = [bound.key for bound in reft.edits if bound.edit.name not in reft._disabled]
     digest.update(repr((reft.graph, active)).encode())
-    for name, tensor in reft.interventions.state_dict().items():
-        digest.update(name.encode() + digest_of([tensor]).encode())
+    digest.update(state_digest(reft.interventions).encode())
     return digest.hexdigest()

@@ -127,7 +127,12 @@ def other_edit(model, arguments):
     arguments["model"] = rl.InterventionGraph(edit).bind(model)
 
 
+def hook(model, arguments):
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: 0.5 * output)
+
+
 CHANGES = {
+    "hook": hook,
     "weights": other_weights,
     "prompt": other_prompt,
     "edit": other_edit,

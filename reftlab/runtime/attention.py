@@ -19,12 +19,14 @@ from torch.overrides import TorchFunctionMode
 
 from reftlab.errors import RunError
 
-__all__ = ["BACKEND", "SoftmaxWatch", "attending"]
+__all__ = ["BACKEND", "PREFIX", "SoftmaxWatch", "attending", "backend_of"]
 
 Change = Callable[[Tensor], Tensor]
 
 BACKEND = "_attn_implementation_internal"
 """Where a configuration keeps the name of its attention backend, its own and no other's."""
+PREFIX = "reftlab_prefix"
+"""What transformers knows the attention of `reftlab.runtime.cone.prefix` by, which stands in for `sdpa`."""
 _SOFTMAX = frozenset((torch.softmax, functional.softmax, Tensor.softmax, torch.special.softmax))
 
 
@@ -82,3 +84,9 @@ def attending(model: nn.Module, watch: SoftmaxWatch) -> Iterator[None]:
 
 def _chooses(config: Any) -> bool:
     return isinstance(getattr(config, BACKEND, None), str)
+
+
+def backend_of(config: Any) -> str:
+    """The attention backend that a configuration's model was given, whatever stands in for it just now."""
+    backend = getattr(config, BACKEND, None) or ""
+    return "sdpa" if backend == PREFIX else str(backend)

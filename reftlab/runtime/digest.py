@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from reftlab.runtime.attention import backend_of
 from reftlab.runtime.wrapped import value_of
 
 __all__ = ["ADAPTER_SWITCHES", "digest_of", "model_digest", "state_digest"]
@@ -28,7 +29,7 @@ def model_digest(model: nn.Module) -> str:
     """
     config = getattr(model, "config", None)
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(repr((str(config), getattr(config, "_attn_implementation", ""))).encode())
+    digest.update(repr((str(config), backend_of(config))).encode())
     for name, module in model.named_modules():
         own = vars(module)
         switches = [str(own.get(switch)) for switch in ADAPTER_SWITCHES if "_active_adapter" in own]

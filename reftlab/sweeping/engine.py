@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reftlab.errors import RunError
+from reftlab.errors import ReftlabError, RunError
 from reftlab.graph import BASE
 from reftlab.runtime.cone import BlockStack, PrefixAttention, reasons_against
 from reftlab.sweeping.packed import Packed
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from reftlab.runtime import BoundModel
 
 __all__ = ["Engine"]
+
+
+_CANNOT = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)
+"""What a model raises that cannot be run on some of its rows and tokens."""
 
 
 class Engine:
@@ -58,7 +62,14 @@ class Engine:
     def start(self, row: Row, sites: Sequence[SweptSite]) -> tuple[Passes, Recorded]:
         """The passes over a prompt, and the run of it as it is."""
         passes = Passes(self.reft, row, self.stack)
-        recorded = passes.record(sites, states=self.cone)
+        try:
+            recorded = passes.record(sites, states=self.cone)
+        except _CANNOT as error:
+            _refuse_others(error)
+            if not self.cone:
+                raise
+            self._give_up(f"{type(self.reft.model).__name__} keeps no cache of its own blocks: {error!r}")
+            return self.start(row, sites)
         if self.stack is not None:
             kind = Packed if self._between_blocks else Staircase
             passes = kind(self.reft, row, self.stack, recorded, self._attention)
@@ -117,48 +128,55 @@ class Engine:
         """
         if not self.cone or not isinstance(passes, Staircase):
             return passes.plain(rows)
-        chosen = self._unchecked(passes, rows)
-        if not chosen:
-            return passes.logits(rows, start, tokens)
-        whole = passes.plain([rows[number] for number in chosen]).double()
-        wanted = slice(None) if tokens is None else list(tokens)
-        bound = float(torch.finfo(passes.base.logits.dtype).eps ** 0.5 * max(1.0, float(whole.std())))
-        apart = float("inf")
-        while apart > bound:
-            try:
-                found = passes.logits(rows, start, tokens)
-                apart = float((found[chosen].double() - whole)[:, wanted].abs().max())
-            except RuntimeError:
-                if not self._attention.usable:
-                    raise
+        chosen = self._unchecked(passes, rows, start)
+        name = type(self.reft.model).__name__
+        try:
+            found = passes.logits(rows, start, tokens)
+        except _CANNOT as error:
+            _refuse_others(error)
+            why = f"{name} cannot be entered in the middle: {error}"
+        else:
+            if not chosen:
+                return found
+            whole = passes.plain([rows[number] for number in chosen]).double()
+            wanted = slice(None) if tokens is None else list(tokens)
+            apart = float((found[chosen].double() - whole)[:, wanted].abs().max())
+            bound = float(torch.finfo(found.dtype).eps ** 0.5 * max(1.0, float(whole.std())))
             if apart <= bound:
                 return found
-            if not self._attention.usable:
-                break
+            why = (
+                f"a cell on its cone differed from a whole pass by {apart:.2g} in its logits, more than "
+                f"{bound:.2g}"
+            )
+        if self._attention.usable:
             # The model's attention may be none that can be run on the prefix as it stands.
             self._attention.usable = False
             # Later batches are made up in another way.
             self._checked.clear()
-        self.why = (
-            f"a cell on its cone differed from a whole pass by {apart:.2g} in its logits, more than "
-            f"{bound:.2g}",
-        )
-        self.stack = None
+            return self.logits(passes, rows, start, tokens)
+        self._give_up(why)
         return passes.plain(rows)
 
-    def _unchecked(self, passes: Staircase, rows: Sequence[Sequence[Patch]]) -> list[int]:
+    def _give_up(self, why: str) -> None:
+        """Run whole passes from now on."""
+        self.why, self.stack = (why,), None
+
+    def _unchecked(self, passes: Staircase, rows: Sequence[Sequence[Patch]], start: int) -> list[int]:
         """Rows to compare with whole passes: of each kind of site the first and the last to enter.
 
         The last of those that run through a block as well, where others enter behind the last block. It is
-        done once for each kind of site, and again for each prompt where edits are in force, which may act
-        at other tokens there.
+        done once for each kind of site and make-up of a batch, and again for each prompt where edits are in
+        force, which may act at other tokens there.
         """
         assert self.stack is not None
+        packs = isinstance(passes, Packed) and passes.packs
+        firsts = {min(int(patch.columns.min()) for patch in row) for row in rows} if packs else ()
+        form = packs, start > 0, start < passes.tokens - 1, len(firsts) > 1
         own: dict[tuple[Any, ...], list[int]] = {}
         for number, row in enumerate(rows):
             for patch in row:
                 kind = kind_of(patch.site, self.stack)
-                own.setdefault((kind, id(passes.row) if self._edited else None), []).append(number)
+                own.setdefault((kind, form, id(passes.row) if self._edited else None), []).append(number)
         chosen: set[int] = set()
         for key, numbers in own.items():
             if key not in self._checked:
@@ -171,6 +189,12 @@ class Engine:
     @property
     def _edited(self) -> bool:
         return any(bound.edit.name not in self.reft._disabled for bound in self.reft.edits)
+
+
+def _refuse_others(error: Exception) -> None:
+    """Raise an error again that says nothing of the model's form."""
+    if isinstance(error, ReftlabError | torch.OutOfMemoryError):
+        raise error
 
 
 def _entry(site: SweptSite, stack: BlockStack) -> int:

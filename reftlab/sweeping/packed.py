@@ -131,8 +131,9 @@ class _Pack:
             if not len(tokens):
                 return hidden if extra < 0 else (hidden, *(None,) * extra)
             width = self._stairs.tokens - self._first
-            rest = [_picked(value, tokens, width) for value in args[1:]]
-            named = {key: _picked(value, tokens, width) for key, value in kwargs.items()}
+            seen = (width, self._stairs.tokens)
+            rest = [_picked(value, tokens, seen) for value in args[1:]]
+            named = {key: _picked(value, tokens, seen) for key, value in kwargs.items()}
             return forward(self._joined(number, hidden), *rest, **named)
 
         return on_packed
@@ -169,21 +170,28 @@ class _Pack:
         return entered
 
 
-def _picked(value: Any, tokens: Tensor, width: int) -> Any:
-    """An argument that was made for `width` tokens of one row, for packed tokens of many.
+def _picked(value: Any, tokens: Tensor, seen: tuple[int, int]) -> Any:
+    """An argument that was made for some tokens of one row, for packed tokens of many.
+
+    Args:
+        value: the argument.
+        tokens: which token of the row each packed one is.
+        seen: how many tokens of the row there are, and how many with those before them.
 
     Raises:
         RuntimeError: it is not known how.
     """
     if isinstance(value, tuple | list):
-        return type(value)(_picked(item, tokens, width) for item in value)
+        return type(value)(_picked(item, tokens, seen) for item in value)
     if isinstance(value, dict):
-        return {key: _picked(item, tokens, width) for key, item in value.items()}
-    if not isinstance(value, Tensor) or not value.dim() or (value.dim() == 4 and value.shape[2] == width):
-        return value  # the mask is taken apart by attention
+        return {key: _picked(item, tokens, seen) for key, item in value.items()}
+    if not isinstance(value, Tensor) or not value.dim():
+        return value
+    if value.dim() == 4 and value.shape[2:] == seen:
+        return value  # the mask, which attention takes apart
     tokens = tokens.to(value.device)
-    if value.dim() == 1 and value.shape[0] == width:
+    if value.dim() == 1 and value.shape[0] == seen[0]:
         return value[tokens]
-    if value.dim() in (2, 3) and value.shape[:2] == (1, width):
+    if value.dim() in (2, 3) and value.shape[:2] == (1, seen[0]):
         return value[:, tokens]
-    raise RuntimeError(f"an argument of shape {tuple(value.shape)} belongs to no token of the {width}")
+    raise RuntimeError(f"an argument of shape {tuple(value.shape)} belongs to no token of the {seen[0]}")

@@ -107,7 +107,8 @@ class PathWork:
         denoising = self.direction == "denoise"
         row, other = (pair.corrupt, pair.clean) if denoising else (pair.clean, pair.corrupt)
         passes, base = self.engine.start(row, self.places.all)
-        assert isinstance(passes, Staircase)
+        if not isinstance(passes, Staircase):
+            raise RunError(f"sweep_paths: {self.engine.why[0]}")
         source = Passes(self.engine.reft, other, None).record(self.places.heads)
         clean, corrupt = (source, base) if denoising else (base, source)
         measured = self.metric.finite(number, self.tokenizer, References(clean.logits, corrupt.logits))

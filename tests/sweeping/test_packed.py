@@ -1,6 +1,7 @@
 """Rows that are packed one behind the other are each the run that they are alone."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import reftlab as rl
 from reftlab.runtime.cone import prefix
 from reftlab.sweeping.packed import Packed
 from reftlab.sweeping.schedule import Job, packed
-from tests.models import build
+from tests.models import VOCABULARY, build
 from tests.sweeping.by_hand import blocks_of, patched_map, prompts
 from tests.sweeping.test_cells import close
 from tests.sweeping.test_schedule import JOBS
@@ -127,6 +128,52 @@ def test_blocks_whose_arguments_are_unknown_are_run_on_a_staircase(monkeypatch):
     clean, corrupt = prompts()
     found = sweep(model, clean, corrupt)
     close(found.values[0, :, 0], patched_map(model, list(blocks_of(model)), "output", corrupt, clean))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, None])
+def test_batches_of_another_make_up_are_checked_and_have_a_way_out_too(monkeypatch, size):
+    model = build("llama")
+    attention, rotary = type(model.model.layers[0].self_attn), type(model.model.rotary_emb)
+    own, turn = attention.forward, rotary.forward
+
+    def turning(self, *args, **kwargs):
+        return tuple(part[:, None] for part in turn(self, *args, **kwargs))
+
+    def forward(self, hidden_states, position_embeddings=None, **kwargs):
+        embeddings = tuple(part[:, 0] for part in position_embeddings)
+        return own(self, hidden_states, position_embeddings=embeddings, **kwargs)
+
+    monkeypatch.setattr(rotary, "forward", turning)
+    monkeypatch.setattr(attention, "forward", forward)
+    clean, corrupt = prompts()
+    found = sweep(model, clean, corrupt, batch_size=size)
+    close(found.values[0, :, 0], patched_map(model, list(blocks_of(model)), "output", corrupt, clean))
+    assert not found.why
+
+
+def test_a_model_that_cannot_be_entered_in_the_middle_is_run_whole():
+    from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
+
+    torch.manual_seed(0)
+    config = GPTBigCodeConfig(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=3, n_head=4)
+    model = GPTBigCodeForCausalLM(config).eval()
+    clean, corrupt = prompts()
+    run = functools.partial(sweep, model, clean, corrupt, "transformer.h[*].output")
+    found = run()
+    close(found.values, run(cone=False).values)
+    assert "cannot be entered in the middle" in found.why[0]
+
+
+def test_two_threads_may_sweep_one_model():
+    model = build("llama")
+    clean, corrupt = prompts()
+    bound = rl.InterventionGraph().bind(model)
+    wanted = sweep(bound, clean, corrupt).values
+    with ThreadPoolExecutor(2) as threads:
+        runs = [threads.submit(sweep, bound, clean, corrupt, batch_size=size) for size in (2, 3, 4, 5) * 4]
+        for run in runs:
+            close(run.result().values, wanted)
+    assert model.config._attn_implementation == "sdpa"
 
 
 @given(JOBS, st.one_of(st.none(), st.integers(1, 9)))

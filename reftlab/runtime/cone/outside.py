@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reftlab.runtime.cone.room import Room
+from reftlab.runtime.attention import backend_of
+from reftlab.runtime.cone.room import Room, Taken
 from reftlab.runtime.cone.stack import BlockStack, extras_of
 from reftlab.runtime.cone.store import ConeStore
 from reftlab.runtime.digest import ADAPTER_SWITCHES
@@ -70,7 +71,6 @@ class Outside:
 
     Attributes:
         extras: for each block how many values it returns behind the hidden state; see `skipping`.
-        room: where a batch's keys and values are put together.
     """
 
     def __init__(self, reft: BoundModel, stack: BlockStack, store: ConeStore) -> None:
@@ -80,20 +80,21 @@ class Outside:
         self._versions: tuple[int, ...] = ()
         self._state: Any = None
         self._identity = b""
-        self.room = Room()
+        self._room = Room()
         self._samples: list[Tensor] = []
         self._seen: list[Tensor] = []
         self._switches: list[Any] = []
 
     def gather(
         self, parts: Sequence[Part], count: int, device: torch.device
-    ) -> tuple[Float[Tensor, "block two row head before k"] | None, Float[Tensor, "row inside width"]]:
+    ) -> tuple[Taken | None, Float[Tensor, "row inside width"]]:
         """The values of a batch, for a cone whose first block is `count`.
 
         Returns:
-            Keys and values of the tokens before the cone in the blocks from `count` on, padded on the
-            left, or None where there are none; and what leaves block `count - 1` at the cone's tokens,
-            padded on the right (of width 0 where the cone begins with the first block).
+            Keys and values of the tokens before the cone in the blocks from `count` on, `(block, two, row,
+            head, before, k)`, padded on the left, or None where there are none; and what leaves block
+            `count - 1` at the cone's tokens, padded on the right (of width 0 where the cone begins with the
+            first block).
         """
         keys, found = self._found(parts, count)
         if len(self.extras) < count:
@@ -139,7 +140,7 @@ class Outside:
         keys: Sequence[list[bytes]],
         found: dict[bytes, Tensor],
         device: torch.device,
-    ) -> Tensor | None:
+    ) -> Taken | None:
         """Keys and values of all rows."""
         width = max(part.start for part in parts)
         if not width:
@@ -147,13 +148,14 @@ class Outside:
         one = next(found[before[0]] for before in keys if before)
         blocks, two, heads, _, size = one.shape
         shape = blocks, two, len(parts), heads, width, size
-        past = self.room.take(shape, one.dtype, device)
+        taken = self._room.take(shape, one.dtype, device)
+        past = taken.values
         for row, (part, before) in enumerate(zip(parts, keys, strict=True)):
             past[:, :, row, :, : width - part.start] = 0
             for number, key in enumerate(before):
                 value, begin = found[key], width - part.start + number * _TOGETHER
                 past[:, :, row, :, begin : begin + value.shape[3]] = value.to(device, non_blocking=True)
-        return past
+        return taken
 
     def _root(self, count: int) -> bytes:
         """What entries of this model, as it is now, begin with."""
@@ -169,7 +171,7 @@ class Outside:
         seen = _together(self._samples)
         state = (
             versions,
-            getattr(config, "_attn_implementation", ""),
+            backend_of(config),
             torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
             [tuple(str(vars(layer).get(name)) for name in ADAPTER_SWITCHES) for layer in self._switches],
         )

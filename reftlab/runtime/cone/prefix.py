@@ -9,6 +9,7 @@ cached values say all, and gradients are taken of the queries, and of the new ke
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -18,16 +19,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from reftlab.address.alias import innermost
-from reftlab.runtime.attention import BACKEND
+from reftlab.runtime.attention import BACKEND, PREFIX, backend_of
+from reftlab.runtime.hooks import GraphMark, marked
 
 __all__ = ["PrefixAttention", "Segment", "check_attended", "placeholder"]
 
-_NAME = "reftlab_prefix"
-"""What transformers knows this attention by."""
 _EXACT = (torch.float32, torch.float64)
 """Half precision stays with fused kernels, which keep scores in float32."""
 _FEW = 64
 """Of more new tokens the scores outweigh the keys, and the fused kernel never holds them."""
+
+_switching = threading.Lock()
+_switched: dict[int, int] = {}
+"""How many passes, of several threads or models, want a configuration switched; by its id."""
 
 KeysValues = tuple[Float[Tensor, "_ _ token _"], Float[Tensor, "_ _ token _"]]
 
@@ -66,11 +70,16 @@ class PrefixAttention:
         Args:
             like: some of the cached keys or values.
         """
-        fused = {getattr(config, BACKEND) for config in self._of_blocks} == {"sdpa"}
+        fused = {backend_of(config) for config in self._of_blocks} == {"sdpa"}
         exact = like.dtype in _EXACT and not torch.is_autocast_enabled(like.device.type)
         return self.usable and fused and exact
 
-    def cache_of(self, layers: Sequence[KeysValues], packed: Sequence[Sequence[Segment]] = ()) -> Any:
+    def cache_of(
+        self,
+        layers: Sequence[KeysValues],
+        packed: Sequence[Sequence[Segment]] = (),
+        mark: GraphMark | None = None,
+    ) -> Any:
         """A key-value cache of given contents, for a pass that continues it, inside `attending` or not.
 
         Its layers keep everything, whatever sliding windows the model has: masks count from the first
@@ -80,6 +89,7 @@ class PrefixAttention:
             layers: keys and values of each block; one row may be expanded to all rows.
             packed: for each block what its tokens are, where they are not a row's tokens from the first
                 uncached one on, but those of many rows one behind the other; inside `attending` alone.
+            mark: lives as long as anything may be differentiated that was computed from the layers.
         """
         from transformers import DynamicCache
 
@@ -89,7 +99,7 @@ class PrefixAttention:
             # Put there as they are: `update` would copy them.
             layer = kind(config)
             layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
-            layer.keys, layer.values = keys, values
+            layer.keys, layer.values, layer.mark = keys, values, mark
             found.layers.append(layer)
         for layer, segments in zip(found.layers, packed, strict=False):
             layer.segments = tuple(segments)
@@ -108,14 +118,22 @@ class PrefixAttention:
             yield
             return
         _register()
-        configs = [config for config in self._configs if getattr(config, BACKEND) == "sdpa"]
-        try:
+        configs = [config for config in self._configs if backend_of(config) == "sdpa"]
+        with _switching:
             for config in configs:
-                setattr(config, BACKEND, _NAME)
+                _switched[id(config)] = _switched.get(id(config), 0) + 1
+                setattr(config, BACKEND, PREFIX)
+        try:
             yield
         finally:
-            for config in configs:
-                setattr(config, BACKEND, "sdpa")
+            with _switching:
+                for config in configs:
+                    _switched[id(config)] -= 1
+                    if not _switched[id(config)]:
+                        del _switched[id(config)]
+                        # Somebody may have chosen another in between.
+                        if getattr(config, BACKEND) == PREFIX:
+                            setattr(config, BACKEND, "sdpa")
 
 
 def check_attended(found: Any) -> None:
@@ -154,11 +172,15 @@ def _layer_class() -> Any:
             super().__init__()
             self.config, self.owed = config, False
             self.segments: tuple[Segment, ...] = ()
+            self.mark: GraphMark | None = None
 
         def update(
             self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
         ) -> tuple[Tensor, Tensor]:
-            if getattr(self.config, BACKEND, None) != _NAME or not (self.segments or self.get_seq_length()):
+            switched = getattr(self.config, BACKEND, None) == PREFIX
+            if self.segments and not switched:
+                raise RuntimeError("packed tokens can be looked at by no other attention")
+            if not switched or not (self.segments or self.get_seq_length()):
                 found: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
                 return found
             key_states.prefix = self  # type: ignore[attr-defined]
@@ -199,10 +221,13 @@ def _register() -> None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if prefix.segments:
             return _attend_packed(query * scale, key, value, prefix.segments, attention_mask), None
-        return _attend(query * scale, key, value, prefix.keys, prefix.values, attention_mask), None
+        found = _attend(query * scale, key, value, prefix.keys, prefix.values, attention_mask)
+        if prefix.mark is not None and found.requires_grad:
+            found = marked(found, prefix.mark)
+        return found, None
 
-    AttentionInterface.register(_NAME, attend)
-    AttentionMaskInterface.register(_NAME, sdpa_mask)
+    AttentionInterface.register(PREFIX, attend)
+    AttentionMaskInterface.register(PREFIX, sdpa_mask)
 
 
 def _attend_packed(

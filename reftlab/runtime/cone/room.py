@@ -4,38 +4,43 @@ from __future__ import annotations
 
 import math
 import weakref
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from reftlab.runtime.hooks import GraphMark, marked
+from reftlab.runtime.hooks import GraphMark
 
-__all__ = ["Room"]
+__all__ = ["Room", "Taken"]
+
+
+class Taken(NamedTuple):
+    """Memory for one batch.
+
+    Attributes:
+        values: a tensor in it.
+        mark: the memory is not taken again as long as this lives.
+    """
+
+    values: Tensor
+    mark: GraphMark
 
 
 class Room:
-    """Memory for one tensor at a time, not asked for anew with each batch.
-
-    The next batch overwrites it, so a batch whose gradients are yet to be taken has to `hold` it.
-    """
+    """Memory for one tensor at a time, not asked for anew with each batch."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0)
         self._held: weakref.ref[GraphMark] | None = None
 
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor of that shape; its numbers are whatever was there before."""
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Taken:
+        """A tensor of that shape, whose numbers are whatever was there before."""
         count, kind = math.prod(shape), (self._memory.dtype, self._memory.device)
         held = self._held is not None and self._held() is not None
         if held or self._memory.numel() < count or kind != (dtype, device):
             # Kept for later calls, which may be ordinary ones.
             with torch.inference_mode(False):
                 self._memory = torch.empty(count, dtype=dtype, device=device)
-            self._held = None
-        return self._memory[:count].view(shape)
-
-    def hold(self, result: Tensor) -> Tensor:
-        """The result of a batch; its memory is not taken again while the result may be differentiated."""
         mark = GraphMark()
         self._held = weakref.ref(mark)
-        return marked(result, mark)
+        return Taken(self._memory[:count].view(shape), mark)

@@ -17,6 +17,7 @@ from reftlab.graph import BASE
 from reftlab.runtime.build import forget_pass
 from reftlab.runtime.cone.outside import Outside, Part
 from reftlab.runtime.cone.prefix import PrefixAttention, check_attended, placeholder
+from reftlab.runtime.cone.room import Taken
 from reftlab.runtime.cone.stack import BlockStack, reasons_against, skipping
 from reftlab.runtime.cone.store import ConeStore
 from reftlab.runtime.cone.value import Cone, cone_of
@@ -187,17 +188,16 @@ class ConeRunner:
                 stack.enter_context(_only(model.get_submodule(self._stack.head), rows, columns))
             inputs = self._inputs(arranged, past, hidden, count)
             if past is not None:
-                stack.enter_context(self._attention.attending(past))
+                stack.enter_context(self._attention.attending(past.values))
             output = reft._call(run, model, (), inputs)
         run.check_touched(True, False)
         check_attended(inputs.get("past_key_values"))
         logits = output.logits[0] if gathers else output.logits[rows.to(device), columns.to(device)]
-        logits = self._outside.room.hold(logits)
         pairs = zip(parts, cone.targets, strict=True)
         labels = torch.tensor([part.labels[token + 1] for part, targets in pairs for token in targets])
         return Predictions(logits, labels.to(logits.device), rows)
 
-    def _inputs(self, arranged: _Arranged, past: Tensor | None, hidden: Tensor, count: int) -> dict[str, Any]:
+    def _inputs(self, arranged: _Arranged, past: Taken | None, hidden: Tensor, count: int) -> dict[str, Any]:
         """The arguments of a pass over the tokens in the cone, which continues those before it."""
         before = arranged.before
         inputs: dict[str, Any] = {
@@ -208,11 +208,12 @@ class ConeRunner:
         inputs = {name: value for name, value in inputs.items() if name in self.reft._calls._takes}
         if not before:
             return inputs | {"use_cache": False}
-        like = hidden[:, None] if past is None else past[0, 0]
+        like = hidden[:, None] if past is None else past.values[0, 0]
         empty = placeholder(like.shape[0], like.shape[1], before, like.shape[3], like)
         layers = [(empty, empty)] * count
-        layers += [] if past is None else [(kv[0], kv[1]) for kv in past]
-        return inputs | {"past_key_values": self._attention.cache_of(layers), "use_cache": True}
+        layers += [] if past is None else [(kv[0], kv[1]) for kv in past.values]
+        mark = None if past is None else past.mark
+        return inputs | {"past_key_values": self._attention.cache_of(layers, mark=mark), "use_cache": True}
 
     def _compare(self, batch: Mapping[str, Any], cone: Cone) -> None:
         """Run a part of a batch both ways, and note in `why` if the two differ."""

@@ -10,8 +10,10 @@ import torch
 from torch.nn import functional
 
 import reftlab as rl
+from reftlab.runtime.attention import PREFIX, backend_of
 from reftlab.runtime.cone import ConeRunner, PrefixAttention, prefix
 from reftlab.runtime.cone.room import Room
+from reftlab.runtime.hooks import marked
 from tests.models import build
 
 from .common import answered, assert_equal, bound, plainly, small_store
@@ -172,16 +174,67 @@ def test_gradients_may_be_taken_after_later_batches_have_run() -> None:
                 torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)
 
 
-def test_memory_is_taken_again_only_when_no_gradient_needs_it() -> None:
+def test_what_else_a_pass_computed_may_be_differentiated_after_later_batches_too() -> None:
+    runner = ConeRunner(bound("llama"), small_store())
+    kept: list[Any] = []
+    block = runner.reft.model.model.layers[2]
+    own = block.forward
+
+    def keeping(*args: Any, **kwargs: Any) -> Any:
+        found = own(*args, **kwargs)
+        kept.append(found)
+        return found
+
+    block.forward = keeping
+    gradients = []
+    for later in (False, True):
+        kept.clear()
+        runner.loss(answered(seed=1))
+        hidden = kept[-1]
+        if later:
+            runner.loss(answered(seed=2))
+        runner.reft.interventions.zero_grad()
+        hidden.square().sum().backward()
+        gradients.append([p.grad for p in runner.reft.interventions.parameters() if p.grad is not None])
+    assert gradients[0]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_memory_is_taken_again_only_when_nothing_needs_it() -> None:
     room, device = Room(), torch.device("cpu")
     first = room.take((2, 3), torch.float32, device)
-    held = room.hold(torch.ones(3, requires_grad=True) * first.sum())
-    assert room.take((2, 3), torch.float32, device).data_ptr() != first.data_ptr()
     second = room.take((6,), torch.float32, device)
-    assert room.take((1, 4), torch.float32, device).data_ptr() == second.data_ptr()
-    del held
-    held = room.hold(torch.ones(3, requires_grad=True).sum())
-    held.backward()
-    del held
-    assert room.take((5,), torch.float32, device).data_ptr() == second.data_ptr()
-    assert room.take((5,), torch.float64, device).dtype == torch.float64
+    assert second.values.data_ptr() != first.values.data_ptr()
+    result, place = marked(torch.ones(3, requires_grad=True), second.mark), second.values
+    del second
+    third = room.take((1, 6), torch.float32, device).values
+    assert third.data_ptr() != place.data_ptr()
+    assert room.take((1, 4), torch.float32, device).values.data_ptr() == third.data_ptr()
+    del result
+    assert room.take((5,), torch.float32, device).values.data_ptr() == third.data_ptr()
+    assert room.take((5,), torch.float64, device).values.dtype == torch.float64
+
+
+def test_a_backend_chosen_in_the_middle_stays_chosen() -> None:
+    model = build("llama")
+    attention = PrefixAttention(model, tuple(model.model.layers))
+    with attention.attending(torch.zeros(1)):
+        model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+    assert not attention.applies(torch.zeros(1))
+
+
+def test_two_passes_at_once_switch_one_configuration_once() -> None:
+    model = build("llama")
+    one, other = (PrefixAttention(model, tuple(model.model.layers)) for _ in range(2))
+    first, second = one.attending(torch.zeros(1)), other.attending(torch.zeros(1))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert other.applies(torch.zeros(1))
+    assert backend_of(model.config) == "sdpa"
+    assert model.config._attn_implementation == PREFIX
+    second.__exit__(None, None, None)
+    assert model.config._attn_implementation == "sdpa"
+    assert not prefix._switched

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from reftlab.errors import RunError
 
-__all__ = ["BACKEND", "PREFIX", "SoftmaxWatch", "attending", "backend_of"]
+__all__ = ["BACKEND", "PREFIX", "SoftmaxWatch", "attending", "backend_of", "configs_of"]
 
 Change = Callable[[Tensor], Tensor]
 
@@ -69,21 +69,22 @@ class SoftmaxWatch(TorchFunctionMode):
 @contextlib.contextmanager
 def attending(model: nn.Module, watch: SoftmaxWatch) -> Iterator[None]:
     """Run a Hugging Face model's attention in its eager form, and `watch` it, inside a `with` block."""
-    configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if _chooses(c)}
     # The public attribute would also set the configurations inside, each of which is its own here.
-    before = {key: getattr(config, BACKEND) for key, config in configs.items()}
+    before = [(config, getattr(config, BACKEND)) for config in configs_of(model)]
     try:
-        for key in before:
-            setattr(configs[key], BACKEND, "eager")
+        for config, _ in before:
+            setattr(config, BACKEND, "eager")
         with watch:
             yield
     finally:
-        for key, backend in before.items():
-            setattr(configs[key], BACKEND, backend)
+        for config, backend in before:
+            setattr(config, BACKEND, backend)
 
 
-def _chooses(config: Any) -> bool:
-    return isinstance(getattr(config, BACKEND, None), str)
+def configs_of(*modules: nn.Module) -> list[Any]:
+    """The configurations that choose attention's backend in some modules and those inside them."""
+    every = (getattr(inner, "config", None) for module in modules for inner in module.modules())
+    return list({id(c): c for c in every if isinstance(getattr(c, BACKEND, None), str)}.values())
 
 
 def backend_of(config: Any) -> str:

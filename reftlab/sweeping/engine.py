@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reftlab.errors import ReftlabError, RunError
 from reftlab.graph import BASE
-from reftlab.runtime.cone import BlockStack, PrefixAttention, reasons_against
+from reftlab.runtime.cone import CANNOT_ENTER, BlockStack, PrefixAttention, reasons_against
 from reftlab.sweeping.packed import Packed
 from reftlab.sweeping.passes import Passes, Patch, Recorded
 from reftlab.sweeping.prompts import Row
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     from reftlab.runtime import BoundModel
 
 __all__ = ["Engine"]
-
-
-_CANNOT = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)
-"""What a model raises that cannot be run on some of its rows and tokens."""
 
 
 class Engine:
@@ -64,7 +60,7 @@ class Engine:
         passes = Passes(self.reft, row, self.stack)
         try:
             recorded = passes.record(sites, states=self.cone)
-        except _CANNOT as error:
+        except CANNOT_ENTER as error:
             _refuse_others(error)
             if not self.cone:
                 raise
@@ -132,7 +128,7 @@ class Engine:
         name = type(self.reft.model).__name__
         try:
             found = passes.logits(rows, start, tokens)
-        except _CANNOT as error:
+        except CANNOT_ENTER as error:
             _refuse_others(error)
             why = f"{name} cannot be entered in the middle: {error}"
         else:

@@ -8,7 +8,6 @@ is called once for all of them: only attention looks at rows, and it takes those
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from reftlab.errors import RunError
 from reftlab.runtime.cone import Segment
 from reftlab.runtime.hooks import OwnedHooks
 from reftlab.runtime.leaf import get_output, put_output
-from reftlab.sweeping.passes import Patch, logits_of, patching
+from reftlab.sweeping.passes import Patch, logits_of
 from reftlab.sweeping.sites import entry_of
 from reftlab.sweeping.staircase import Staircase, replaced
 
@@ -148,26 +147,16 @@ class _Pack:
     def _joined(self, number: int, hidden: Tensor) -> Tensor:
         """The rows so far, `hidden`, and those that enter at a block, packed."""
         befores = [s.counts[number - 1] if number else 0 for s in self._segments]
-        lengths = [self._stairs.tokens - s.start for s in self._segments]
-        marks = [0]
-        for before, length in zip(befores, lengths, strict=True):
-            marks.append(marks[-1] + before * length)
+        sizes = [n * (self._stairs.tokens - s.start) for n, s in zip(befores, self._segments, strict=True)]
         pieces = []
-        for segment, before, (begin, end) in zip(self._segments, befores, pairwise(marks), strict=True):
-            pieces.append(hidden[0, begin:end])
+        rows_so_far = hidden[0, : sum(sizes)].split(sizes)
+        for segment, before, piece in zip(self._segments, befores, rows_so_far, strict=True):
+            pieces.append(piece)
             fresh = segment.counts[number] - before
             if fresh:
-                pieces.append(self._entered(segment, number, fresh).flatten(0, 1))
+                patches = segment.entering[number]
+                pieces.append(self._stairs.entered(number, segment.start, fresh, patches).flatten(0, 1))
         return torch.cat(pieces)[None]
-
-    def _entered(self, segment: _Segment, number: int, fresh: int) -> Float[Tensor, "row token width"]:
-        base = self._stairs.base.hidden[number][segment.start :]
-        entered = base.expand(fresh, *base.shape)
-        for name in dict.fromkeys(patch.site.name for _, patch in segment.entering[number]):
-            own = [(row, patch) for row, patch in segment.entering[number] if patch.site.name == name]
-            sites, act = patching(own, self._stairs.tokens)
-            entered = act(sites[0], entered)  # type: ignore[assignment]
-        return entered
 
 
 def _picked(value: Any, tokens: Tensor, seen: tuple[int, int]) -> Any:

@@ -100,6 +100,26 @@ class Staircase(Passes):
         self._run(self._inputs(batch, start), body)
         return kept[0][order.argsort().to(kept[0].device)]
 
+    def entered(
+        self, block: int, start: int, rows: int, patches: Sequence[tuple[int, Patch]]
+    ) -> Float[Tensor, "row token width"]:
+        """What rows hold that enter at a block, from a token on: the unpatched run's vectors, and patches.
+
+        Args:
+            block: the block; the number of blocks stands for what comes after the last.
+            start: the first token.
+            rows: how many enter.
+            patches: each with its row among these.
+        """
+        base = self.base.hidden[block][start:]
+        entered = base.expand(rows, *base.shape)
+        # Sites that stand for one block's input, its predecessor's output too, all go into one tensor.
+        for name in dict.fromkeys(patch.site.name for _, patch in patches):
+            own = [(row, patch) for row, patch in patches if patch.site.name == name]
+            sites, act = patching(own, self.tokens)
+            entered = act(sites[0], entered)  # type: ignore[assignment]
+        return entered
+
     def _run(self, inputs: dict[str, Any], body: Callable[[OwnedHooks, Callable[[], Any]], Any]) -> Any:
         cache = inputs["past_key_values"]
         with torch.no_grad(), self.attention.attending(self.base.keys_values[0][0]):
@@ -231,15 +251,8 @@ class _Batch:
         fresh = self.counts[number] - before
         if fresh == 0:
             return hidden
-        base = self._stairs.base.hidden[number][self._start :]
-        entered = base.expand(fresh, *base.shape)
         patches = [(row - before, patch) for row, patch in self._entering[number]]
-        if patches:
-            # Sites that stand for one block's input, its predecessor's output too, all go into one tensor.
-            for site in {patch.site.name for _, patch in patches}:
-                own = [(row, patch) for row, patch in patches if patch.site.name == site]
-                sites, act = patching(own, self._stairs.tokens)
-                entered = act(sites[0], entered)  # type: ignore[assignment]
+        entered = self._stairs.entered(number, self._start, fresh, patches)
         # A copy, as a model may write to its hidden state, and the base run's is needed again.
         return entered.clone() if before == 0 else torch.cat([hidden[:before], entered])
 

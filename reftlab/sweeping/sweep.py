@@ -94,10 +94,9 @@ def sweep(
         batch_size: the most rows of one batch; chosen from the number of tokens unless given.
         cone: False runs every cell as a whole pass.
         folder: where finished cells are kept. The same call with the same folder goes on where an
-            earlier one was stopped; anything that changes the numbers starts a new sweep, save for hooks
-            of your own on the model, which are not seen. A metric of your
-            own is told by its code and the values that this takes from elsewhere, or by its attribute `key`
-            where it has one.
+            earlier one was stopped; anything that changes the numbers starts a new sweep. Hooks of your own
+            on the model are told by their places and names alone. A metric of your own is told by its code
+            and the values that this takes from elsewhere, or by its attribute `key` where it has one.
         resume: False forgets what an earlier call left there.
         progress: whether to show a progress bar.
 

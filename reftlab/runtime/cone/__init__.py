@@ -2,11 +2,12 @@
 
 from reftlab.runtime.cone.prefix import PrefixAttention, Segment, check_attended
 from reftlab.runtime.cone.runner import ConeRunner, Predictions
-from reftlab.runtime.cone.stack import BlockStack, extras_of, reasons_against, skipping
+from reftlab.runtime.cone.stack import CANNOT_ENTER, BlockStack, extras_of, reasons_against, skipping
 from reftlab.runtime.cone.store import ConeStore
 from reftlab.runtime.cone.value import Cone, Reach, cone_of
 
 __all__ = [
+    "CANNOT_ENTER",
     "BlockStack",
     "Cone",
     "ConeRunner",

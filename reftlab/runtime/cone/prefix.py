@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from reftlab.address.alias import innermost
-from reftlab.runtime.attention import BACKEND, PREFIX, backend_of
+from reftlab.runtime.attention import BACKEND, PREFIX, backend_of, configs_of
 from reftlab.runtime.hooks import GraphMark, marked
 
 __all__ = ["PrefixAttention", "Segment", "check_attended", "placeholder"]
@@ -62,7 +62,7 @@ class PrefixAttention:
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         self.usable = bool(getattr(innermost(model), "_supports_attention_backend", False))
-        self._configs, self._of_blocks = _configs([model]), _configs(blocks)
+        self._configs, self._of_blocks = configs_of(model), configs_of(*blocks)
 
     def applies(self, like: Tensor) -> bool:
         """Whether `attending` changes anything.
@@ -153,12 +153,6 @@ def check_attended(found: Any) -> None:
 def placeholder(rows: int, heads: int, tokens: int, width: int, like: Tensor) -> Tensor:
     """Keys of a block that is left out: they say how many tokens there are, and take no memory."""
     return torch.zeros(1, 1, 1, 1, dtype=like.dtype, device=like.device).expand(rows, heads, tokens, width)
-
-
-def _configs(modules: Sequence[nn.Module]) -> list[Any]:
-    """The configurations that choose attention's backend in some modules and those inside them."""
-    every = (getattr(inner, "config", None) for module in modules for inner in module.modules())
-    return list({id(c): c for c in every if isinstance(getattr(c, BACKEND, None), str)}.values())
 
 
 @cache

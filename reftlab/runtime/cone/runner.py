@@ -18,7 +18,7 @@ from reftlab.runtime.build import forget_pass
 from reftlab.runtime.cone.outside import Outside, Part
 from reftlab.runtime.cone.prefix import PrefixAttention, check_attended, placeholder
 from reftlab.runtime.cone.room import Taken
-from reftlab.runtime.cone.stack import BlockStack, reasons_against, skipping
+from reftlab.runtime.cone.stack import CANNOT_ENTER, BlockStack, reasons_against, skipping
 from reftlab.runtime.cone.store import ConeStore
 from reftlab.runtime.cone.value import Cone, cone_of
 from reftlab.runtime.hooks import turn_of
@@ -243,7 +243,7 @@ class ConeRunner:
         torch.manual_seed(0)
         try:
             quick = self._run(batch, cone)
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        except CANNOT_ENTER as error:
             return (f"{name} cannot be entered in the middle: {error}",)
         columns = enumerate(_columns(batch, cone))
         wanted = torch.cat([plain[row, there] for row, there in columns]).float()

@@ -19,7 +19,10 @@ from reftlab.runtime.hooks import foreign_hooks
 from reftlab.runtime.modes import saves_activations
 from reftlab.runtime.wrapped import entrances, is_dispatched
 
-__all__ = ["BlockStack", "extras_of", "reasons_against", "skipping"]
+__all__ = ["CANNOT_ENTER", "BlockStack", "extras_of", "reasons_against", "skipping"]
+
+CANNOT_ENTER = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)
+"""What a model raises that cannot be run on some of its blocks, rows and tokens."""
 
 
 _GLOBAL_HOOKS = frozenset(

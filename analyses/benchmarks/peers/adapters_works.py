@@ -11,20 +11,19 @@ import torch
 from works import (
     BLOCK,
     FORWARD,
-    LONG,
     MAP,
     RANK,
     READING,
-    SHORT,
     TASKS,
     WIDE,
     Batch,
     Bench,
-    batch,
+    Step,
+    compare_forward,
     load,
+    model_step,
     prompts,
-    stepper,
-    tokens_to_read,
+    trainings,
 )
 
 
@@ -44,40 +43,13 @@ def with_reft(layers: Any, tokens: int, names: tuple[str, ...] = ("edit",), trai
     return model.eval()
 
 
-def step(model: Any, data: Batch, few_logits: bool) -> Callable[[], float]:
-    more: dict[str, Any] = {"labels": data.labels}
-    if few_logits:
-        more = {"labels": data.labels[:, -data.kept :], "logits_to_keep": data.kept}
-
-    def loss() -> torch.Tensor:
-        return model(input_ids=data.ids, attention_mask=data.mask, use_cache=False, **more).loss
-
-    return stepper(loss, [p for p in model.parameters() if p.requires_grad])
-
-
-def training(work: str, repeats: int) -> Callable[[Bench], None]:
-    def do(bench: Bench) -> None:
-        data = batch(work)
-        model = with_reft("all", 7) if work == WIDE else with_reft([BLOCK], 1)
-        ways = {"logits only where labelled": step(model, data, few_logits=True)}
-        if work == SHORT:
-            ways["labels given"] = step(model, data, few_logits=False)
-        bench.time(work, ways, repeats)
-
-    return do
+def steps(work: str, data: Batch) -> Callable[[bool], Step]:
+    model = with_reft("all", 7) if work == WIDE else with_reft([BLOCK], 1)
+    return lambda few_logits: model_step(model, data, few_logits)
 
 
 def forward(bench: Bench) -> None:
-    ids = tokens_to_read()
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    bare, _ = load()
-    model = with_reft([BLOCK], 1, training=False)
-    with torch.inference_mode():
-        ways = {
-            "bare": lambda: bare(**inputs, use_cache=False),
-            "one edit": lambda: model(**inputs, use_cache=False),
-        }
-        bench.time(FORWARD, ways, repeats=3)
+    compare_forward(bench, with_reft([BLOCK], 1, training=False))
 
 
 def tasks(bench: Bench) -> None:
@@ -106,20 +78,12 @@ def tasks(bench: Bench) -> None:
     bench.cannot(TASKS, "its BatchSplit does not reach LoReFT", attempt)
 
 
-def nothing(bench: Bench) -> None:
-    for work in (MAP, READING):
-        if work in bench.only:
-            bench.cannot(work, "adds adapters and trains them; has no call for reading or patching")
-
-
 if __name__ == "__main__":
     every = Bench.of("adapters")
-    nothing(every)
+    every.lacks((MAP, READING), "adds adapters and trains them; has no call for reading or patching")
     every.run(
         {
-            SHORT: training(SHORT, 3),
-            LONG: training(LONG, 1),
-            WIDE: training(WIDE, 1),
+            **trainings(steps, checked=False),
             FORWARD: forward,
             TASKS: tasks,
         }

@@ -13,35 +13,36 @@ from works import (
     BLOCKS,
     CELLS_TIMED,
     FORWARD,
-    LONG,
+    GREEDY,
     MAP,
     READ_BLOCK,
     READING,
-    SHORT,
     TASKS,
-    WIDE,
     Batch,
     Bench,
     LoReFT,
-    batch,
+    Step,
+    blocks_of,
     cell_batches,
     ioi,
+    labels_of,
     load,
     logit_difference,
+    positions_of,
     prompts,
+    rows_by_block,
     stepper,
     tokens_to_read,
+    trainings,
 )
 
 bare, tokenizer = load()
 model = TransformersModel(load()[0], tokenizer=tokenizer)
 
 
-def step(blocks: list[int], positions: slice, data: Batch, few_logits: bool) -> Callable[[], float]:
+def step(blocks: list[int], positions: slice, data: Batch, few_logits: bool) -> Step:
     edits = {block: LoReFT() for block in blocks}
-    more = {"use_cache": False, "labels": data.labels}
-    if few_logits:
-        more |= {"labels": data.labels[:, -data.kept :], "logits_to_keep": data.kept}
+    more = {"use_cache": False} | labels_of(data, few_logits)
 
     def loss() -> Tensor:
         with model.trace(input_ids=data.ids, attention_mask=data.mask, **more):
@@ -56,18 +57,8 @@ def step(blocks: list[int], positions: slice, data: Batch, few_logits: bool) -> 
     return stepper(loss, [p for edit in edits.values() for p in edit.parameters()])
 
 
-def training(work: str, repeats: int) -> Callable[[Bench], None]:
-    def do(bench: Bench) -> None:
-        data = batch(work)
-        blocks = list(range(BLOCKS)) if work == WIDE else [BLOCK]
-        positions = slice(data.prompt - 7 if work == WIDE else data.last, data.prompt)
-        ways = {"logits only where labelled": step(blocks, positions, data, few_logits=True)}
-        if work == SHORT:
-            ways["labels given"] = step(blocks, positions, data, few_logits=False)
-        bench.check_losses(work, ways)
-        bench.time(work, ways, repeats, warm=0)
-
-    return do
+def steps(work: str, data: Batch) -> Callable[[bool], Step]:
+    return lambda few_logits: step(blocks_of(work), positions_of(work, data), data, few_logits)
 
 
 class Map:
@@ -102,13 +93,10 @@ class Map:
         """A row for each cell, many rows in one trace, edited block by block."""
         values, maps = self.values(), []
         for some in cell_batches():
-            rows: dict[int, list[tuple[int, int]]] = {}
-            for number, (block, token) in enumerate(some):
-                rows.setdefault(block, []).append((number, token))
+            places = rows_by_block(some)
             with model.trace(self.corrupt.expand(len(some), -1), use_cache=False, logits_to_keep=1):
-                for block, places in rows.items():
-                    where, tokens = [place[0] for place in places], [place[1] for place in places]
-                    model.model.layers[block].output[where, tokens] = values[block][0, tokens]
+                for block, (rows, tokens) in places.items():
+                    model.model.layers[block].output[rows, tokens] = values[block][0, tokens]
                 last = model.lm_head.output[:, -1].save()
             maps.append(logit_difference(last, self.answers))
         return torch.cat(maps)
@@ -120,9 +108,7 @@ def patching(bench: Bench) -> None:
         ways = {"batched, an invoke per cell": grid.invokes, "batched, a row per cell": grid.rows}
         values = grid.values()
         some = lambda: [grid.cell(values, *cell) for cell in CELLS_TIMED]  # noqa: E731
-        bench.time(MAP, {"one trace per cell": some}, repeats=1, times=14, warm=0)
-        for way, found in bench.time(MAP, ways, repeats=1, warm=0).items():
-            bench.check(MAP, way, found)
+        bench.time_map({"one trace per cell": some}, ways)
 
 
 def reading(bench: Bench) -> None:
@@ -135,9 +121,7 @@ def reading(bench: Bench) -> None:
         return hidden
 
     with torch.inference_mode():
-        bench.check(READING, "read", read()[:, -1, :4])
-        ways = {"full forward": lambda: bare(ids, use_cache=False), "tracer.stop()": read}
-        bench.time(READING, ways, repeats=3)
+        bench.time_reading(lambda: bare(ids, use_cache=False), "tracer.stop()", read)
 
 
 def forward(bench: Bench) -> None:
@@ -159,11 +143,10 @@ def forward(bench: Bench) -> None:
 def tasks(bench: Bench) -> None:
     """An invoke of two rows for each task, all in one trace; edits on the last prompt token."""
     ids = prompts()
-    options = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False, "pad_token_id": 2}
     edits = [[LoReFT(8 * block + task) for block in range(BLOCKS)] for task in range(8)]
 
     def generate(numbers: list[int], blocks: list[int]) -> list[Tensor]:
-        with model.generate(**options) as tracer:
+        with model.generate(**GREEDY) as tracer:
             replies = nnsight.save([])
             for task in numbers:
                 with tracer.invoke(ids[2 * task : 2 * task + 2]):
@@ -176,7 +159,7 @@ def tasks(bench: Bench) -> None:
     every, mask = list(range(8)), torch.ones_like(ids)
     with torch.inference_mode():
         ways = {
-            "bare batch": lambda: bare.generate(ids, attention_mask=mask, **options),
+            "bare batch": lambda: bare.generate(ids, attention_mask=mask, **GREEDY),
             "one batch, one block": lambda: generate(every, [BLOCK]),
         }
         bench.time(TASKS, ways, repeats=1, warm=0)
@@ -185,9 +168,7 @@ def tasks(bench: Bench) -> None:
 if __name__ == "__main__":
     Bench.of("nnsight").run(
         {
-            SHORT: training(SHORT, 3),
-            LONG: training(LONG, 1),
-            WIDE: training(WIDE, 1),
+            **trainings(steps),
             MAP: patching,
             READING: reading,
             FORWARD: forward,

@@ -9,23 +9,22 @@ import pyreft
 import torch
 from works import (
     BLOCK,
-    BLOCKS,
     FORWARD,
-    LONG,
     MAP,
     RANK,
     READING,
-    SHORT,
     TASKS,
-    WIDE,
     WIDTH,
     Batch,
     Bench,
-    batch,
+    Step,
+    blocks_of,
     load,
+    positions_of,
     prompts,
     stepper,
     tokens_to_read,
+    trainings,
 )
 
 model, tokenizer = load()
@@ -40,13 +39,14 @@ def reft_model(blocks: list[int], rank: int = RANK) -> Any:
     return pyreft.get_reft_model(model, config)
 
 
-def step(blocks: list[int], tokens: list[int], data: Batch, few_logits: bool) -> Callable[[], float]:
+def step(blocks: list[int], positions: slice, data: Batch, few_logits: bool) -> Step:
     """`few_logits` hands the model an argument for which pyreft's own trainer has no place."""
     reft = reft_model(blocks)
     inputs = {"input_ids": data.ids, "attention_mask": data.mask}
     labels = data.labels
     if few_logits:
         inputs["num_logits_to_keep"], labels = data.kept, labels[:, -data.kept :]
+    tokens = list(range(positions.start, positions.stop))
     where = {"sources->base": (None, [[tokens] * len(data.ids)] * len(blocks))}
 
     def loss() -> torch.Tensor:
@@ -56,17 +56,8 @@ def step(blocks: list[int], tokens: list[int], data: Batch, few_logits: bool) ->
     return stepper(loss, reft.get_trainable_parameters())
 
 
-def training(work: str, repeats: int) -> Callable[[Bench], None]:
-    def do(bench: Bench) -> None:
-        data = batch(work)
-        blocks = list(range(BLOCKS)) if work == WIDE else [BLOCK]
-        tokens = list(range(data.prompt - 7, data.prompt)) if work == WIDE else [data.last]
-        ways = {"logits only where labelled": step(blocks, tokens, data, few_logits=True)}
-        if work == SHORT:
-            ways["as its trainer calls it"] = step(blocks, tokens, data, few_logits=False)
-        bench.time(work, ways, repeats)
-
-    return do
+def steps(work: str, data: Batch) -> Callable[[bool], Step]:
+    return lambda few_logits: step(blocks_of(work), positions_of(work, data), data, few_logits)
 
 
 def forward(bench: Bench) -> None:
@@ -106,20 +97,12 @@ def tasks(bench: Bench) -> None:
     bench.cannot(TASKS, "takes `subspaces` for each row, but its LoReFT ignores them", attempt)
 
 
-def nothing(bench: Bench) -> None:
-    for work in (MAP, READING):
-        if work in bench.only:
-            bench.cannot(work, "only trains edits; patching and reading are pyvene's, below it")
-
-
 if __name__ == "__main__":
     every = Bench.of("pyreft")
-    nothing(every)
+    every.lacks((MAP, READING), "only trains edits; patching and reading are pyvene's, below it")
     every.run(
         {
-            SHORT: training(SHORT, 3),
-            LONG: training(LONG, 1),
-            WIDE: training(WIDE, 1),
+            **trainings(steps, "as its trainer calls it", checked=False),
             FORWARD: forward,
             TASKS: tasks,
         }

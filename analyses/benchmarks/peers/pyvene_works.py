@@ -12,23 +12,24 @@ from works import (
     BLOCKS,
     CELLS_TIMED,
     FORWARD,
-    LONG,
     MAP,
     READ_BLOCK,
     READING,
-    SHORT,
     TASKS,
-    WIDE,
     Batch,
     Bench,
     LoReFT,
-    batch,
+    Step,
+    blocks_of,
     ioi,
+    labels_of,
     load,
     logit_difference,
+    positions_of,
     prompts,
     stepper,
     tokens_to_read,
+    trainings,
 )
 
 model, tokenizer = load()
@@ -55,12 +56,11 @@ def intervenable(blocks: list[int], kind: Any, units: int = 1) -> Any:
     return made
 
 
-def step(blocks: list[int], tokens: list[int], data: Batch, few_logits: bool) -> Callable[[], float]:
+def step(blocks: list[int], positions: slice, data: Batch, few_logits: bool) -> Step:
     made = intervenable(blocks, LoreftIntervention)
-    inputs = {"input_ids": data.ids, "attention_mask": data.mask}
-    labels = data.labels
-    if few_logits:
-        inputs["logits_to_keep"], labels = data.kept, labels[:, -data.kept :]
+    inputs = {"input_ids": data.ids, "attention_mask": data.mask} | labels_of(data, few_logits)
+    labels = inputs.pop("labels")
+    tokens = list(range(positions.start, positions.stop))
     where = {"sources->base": (None, [[tokens] * len(data.ids)] * len(blocks))}
 
     def loss() -> torch.Tensor:
@@ -70,18 +70,8 @@ def step(blocks: list[int], tokens: list[int], data: Batch, few_logits: bool) ->
     return stepper(loss, made.get_trainable_parameters())
 
 
-def training(work: str, repeats: int) -> Callable[[Bench], None]:
-    def do(bench: Bench) -> None:
-        data = batch(work)
-        blocks = list(range(BLOCKS)) if work == WIDE else [BLOCK]
-        tokens = list(range(data.prompt - 7, data.prompt)) if work == WIDE else [data.last]
-        ways = {"logits only where labelled": step(blocks, tokens, data, few_logits=True)}
-        if work == SHORT:
-            ways["labels given"] = step(blocks, tokens, data, few_logits=False)
-        bench.check_losses(work, ways)
-        bench.time(work, ways, repeats, warm=0)
-
-    return do
+def steps(work: str, data: Batch) -> Callable[[bool], Step]:
+    return lambda few_logits: step(blocks_of(work), positions_of(work, data), data, few_logits)
 
 
 class Map:
@@ -120,10 +110,7 @@ def patching(bench: Bench) -> None:
         grid = Map()
         values = grid.values()
         some = lambda: [grid.cells(values, block, [token]) for block, token in CELLS_TIMED]  # noqa: E731
-        bench.time(MAP, {"one call per cell": some}, repeats=1, times=14, warm=0)
-        ways = {"14 cells a call (one block)": grid.batched}
-        for way, found in bench.time(MAP, ways, repeats=1, warm=0).items():
-            bench.check(MAP, way, found)
+        bench.time_map({"one call per cell": some}, {"14 cells a call (one block)": grid.batched})
 
 
 def reading(bench: Bench) -> None:
@@ -137,12 +124,8 @@ def reading(bench: Bench) -> None:
         return collected[0]
 
     with torch.inference_mode():
-        bench.check(READING, "read", read()[:, -1, :4])
-        ways = {
-            "full forward": lambda: model(ids, use_cache=False),
-            "CollectIntervention (cannot stop early; logits of the last token only)": read,
-        }
-        bench.time(READING, ways, repeats=3)
+        way = "CollectIntervention (cannot stop early; logits of the last token only)"
+        bench.time_reading(lambda: model(ids, use_cache=False), way, read)
 
 
 def forward(bench: Bench) -> None:
@@ -177,9 +160,7 @@ def tasks(bench: Bench) -> None:
 if __name__ == "__main__":
     Bench.of("pyvene").run(
         {
-            SHORT: training(SHORT, 3),
-            LONG: training(LONG, 1),
-            WIDE: training(WIDE, 1),
+            **trainings(steps),
             MAP: patching,
             READING: reading,
             FORWARD: forward,

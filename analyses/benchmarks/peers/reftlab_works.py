@@ -27,6 +27,7 @@ from works import (
     EPOCH,
     EQUAL,
     FORWARD,
+    GREEDY,
     LONG,
     MAP,
     MEMORY,
@@ -40,12 +41,16 @@ from works import (
     Bench,
     LoReFT,
     batch,
+    blocks_of,
     cell_batches,
     ioi,
+    labels_of,
     load,
     logit_difference,
     on_positions,
+    positions_of,
     prompts,
+    rows_by_block,
     stepper,
     tokens_to_read,
 )
@@ -54,14 +59,6 @@ import reftlab as rl
 from reftlab.runtime.cone import ConeRunner
 
 model, tokenizer = load()
-
-
-def positions_of(work: str, data: Batch) -> slice:
-    return slice(data.prompt - 7 if work == WIDE else data.last, data.prompt)
-
-
-def blocks_of(work: str) -> list[int]:
-    return list(range(BLOCKS)) if work == WIDE else [BLOCK]
 
 
 @contextlib.contextmanager
@@ -78,10 +75,7 @@ def plain_loss(work: str, data: Batch, few_logits: bool) -> tuple[Callable[[], T
     edits = {block: LoReFT() for block in blocks_of(work)}
     hooks = {block: on_positions(edit, positions_of(work, data)) for block, edit in edits.items()}
     inputs: dict[str, Any] = {"input_ids": data.ids, "attention_mask": data.mask, "use_cache": False}
-    if few_logits:
-        inputs |= {"labels": data.labels[:, -data.kept :], "logits_to_keep": data.kept}
-    else:
-        inputs |= {"labels": data.labels}
+    inputs |= labels_of(data, few_logits)
 
     def loss() -> Tensor:
         with hooked(hooks):
@@ -243,12 +237,7 @@ class Map:
 
             return hook
 
-        places: dict[int, tuple[list[int], list[int]]] = {}
-        for row, (block, token) in enumerate(some):
-            rows, tokens = places.setdefault(block, ([], []))
-            rows.append(row)
-            tokens.append(token)
-        hooks = {block: patch(rows, tokens, values[block]) for block, (rows, tokens) in places.items()}
+        hooks = {block: patch(*where, values[block]) for block, where in rows_by_block(some).items()}
         with hooked(hooks):
             ids = self.corrupt.expand(len(some), -1)
             logits = model(ids, use_cache=False, logits_to_keep=logits_to_keep).logits
@@ -305,9 +294,7 @@ def reading(bench: Bench) -> None:
     name = f"blocks[{READ_BLOCK}].output @ all"
     read = lambda: reft.read(name, input_ids=ids)[name]  # noqa: E731
     with torch.inference_mode():
-        bench.check(READING, "read", read()[:, -1, :4])
-        ways = {"full forward": lambda: model(ids, use_cache=False), "reftlab": read}
-        bench.time(READING, ways, repeats=3)
+        bench.time_reading(lambda: model(ids, use_cache=False), "reftlab", read)
 
 
 def forward(bench: Bench) -> None:
@@ -328,7 +315,6 @@ def forward(bench: Bench) -> None:
 def tasks(bench: Bench) -> None:
     ids = prompts()
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    options = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False, "pad_token_id": 2}
     names = [f"task{number}" for number in range(8)]
     of_row = [names[row // 2] for row in range(16)]
 
@@ -341,21 +327,19 @@ def tasks(bench: Bench) -> None:
     def eight(reft: Any) -> list[Tensor]:
         parts = [{key: value[n : n + 2] for key, value in inputs.items()} for n in range(0, 16, 2)]
         pairs = zip(parts, names, strict=True)
-        return [reft.generate(**part, **options, tasks=[name, name]) for part, name in pairs]
+        return [reft.generate(**part, **GREEDY, tasks=[name, name]) for part, name in pairs]
 
     block, blocks = f"blocks[{BLOCK}].output", "blocks[*].output"
     one, every = with_tasks(block, positions="last"), with_tasks(blocks, positions="last")
     always = [with_tasks(at, positions="all", phase="both") for at in (block, blocks)]
     with torch.inference_mode():
         ways = {
-            "bare batch": lambda: model.generate(**inputs, **options),
-            "one batch, one block": lambda: one.generate(**inputs, **options, tasks=of_row),
-            "one batch, all blocks": lambda: every.generate(**inputs, **options, tasks=of_row),
-            "one batch, one block, every token": lambda: always[0].generate(
-                **inputs, **options, tasks=of_row
-            ),
+            "bare batch": lambda: model.generate(**inputs, **GREEDY),
+            "one batch, one block": lambda: one.generate(**inputs, **GREEDY, tasks=of_row),
+            "one batch, all blocks": lambda: every.generate(**inputs, **GREEDY, tasks=of_row),
+            "one batch, one block, every token": lambda: always[0].generate(**inputs, **GREEDY, tasks=of_row),
             "one batch, all blocks, every token": lambda: always[1].generate(
-                **inputs, **options, tasks=of_row
+                **inputs, **GREEDY, tasks=of_row
             ),
         }
         bench.time(TASKS, ways, repeats=2, warm=0)

@@ -28,6 +28,8 @@ from works import (
     batch,
     cell_batches,
     ioi,
+    lens_hooks,
+    lens_site,
     load,
     logit_difference,
     stepper,
@@ -70,10 +72,6 @@ def hooked_transformer() -> HookedTransformer:
 model = hooked_transformer()
 
 
-def site(block: int) -> str:
-    return f"blocks.{block}.hook_resid_post"
-
-
 def logits_of(residual: Tensor, kept: int) -> Tensor:
     """Logits of the last tokens, from the residual stream after the last block."""
     return model.unembed(model.ln_final(residual[:, -kept:]))
@@ -102,7 +100,7 @@ def training(work: str, repeats: int) -> Callable[[Bench], None]:
             return torch.nn.functional.cross_entropy(logits[:, -data.kept : -1].flatten(0, 1), target)
 
         def hooks(edit: LoReFT) -> list[Any]:
-            return [(site(BLOCK), lambda hidden, hook: edited(hidden, edit))]
+            return [(lens_site(BLOCK), lambda hidden, hook: edited(hidden, edit))]
 
         def full(edit: LoReFT) -> Tensor:
             return loss(model.run_with_hooks(data.ids, fwd_hooks=hooks(edit)))
@@ -135,35 +133,22 @@ class Map:
         self.clean, self.corrupt, self.answers = ioi(tokenizer)
 
     def cache(self, ids: Tensor) -> Any:
-        names = [site(block) for block in range(BLOCKS)]
+        names = [lens_site(block) for block in range(BLOCKS)]
         return model.run_with_cache(ids, names_filter=names)[1]
 
     def cell(self, cache: Any, block: int, token: int) -> Tensor:
         def patch(hidden: Tensor, hook: Any) -> Tensor:
-            hidden[:, token] = cache[site(block)][:, token]
+            hidden[:, token] = cache[lens_site(block)][:, token]
             return hidden
 
-        top = model.run_with_hooks(self.corrupt, fwd_hooks=[(site(block), patch)], stop_at_layer=BLOCKS)
+        top = model.run_with_hooks(self.corrupt, fwd_hooks=[(lens_site(block), patch)], stop_at_layer=BLOCKS)
         return logit_difference(logits_of(top, 1)[:, -1], self.answers)
 
     def rows(self) -> Tensor:
         """A row for each cell, many rows in one whole pass, by hand."""
         cache, maps = self.cache(self.clean), []
         for some in cell_batches():
-
-            def patch(block: int, places: list[tuple[int, int]], values: Tensor) -> tuple[str, Any]:
-                where, tokens = [row for row, _ in places], [token for _, token in places]
-
-                def change(hidden: Tensor, hook: Any) -> Tensor:
-                    hidden[where, tokens] = values[0, tokens]
-                    return hidden
-
-                return site(block), change
-
-            rows: dict[int, list[tuple[int, int]]] = {}
-            for number, (block, token) in enumerate(some):
-                rows.setdefault(block, []).append((number, token))
-            hooks = [patch(block, places, cache[site(block)]) for block, places in rows.items()]
+            hooks = lens_hooks(some, cache)
             ids = self.corrupt.expand(len(some), -1)
             top = model.run_with_hooks(ids, fwd_hooks=hooks, stop_at_layer=BLOCKS)
             maps.append(logit_difference(logits_of(top, 1)[:, -1], self.answers))
@@ -174,8 +159,8 @@ class Map:
         clean, corrupt, maps = self.cache(self.clean), self.cache(self.corrupt), []
         tokens = torch.arange(14)
         for block in range(BLOCKS):
-            patched = corrupt[site(block)].repeat(14, 1, 1)
-            patched[tokens, tokens] = clean[site(block)][0, tokens]
+            patched = corrupt[lens_site(block)].repeat(14, 1, 1)
+            patched[tokens, tokens] = clean[lens_site(block)][0, tokens]
             top = upwards(patched, block)
             maps.append(logit_difference(logits_of(top, 1)[:, -1], self.answers))
         return torch.cat(maps)
@@ -190,18 +175,14 @@ def patching(bench: Bench) -> None:
         }
         cache = grid.cache(grid.clean)
         some = lambda: [grid.cell(cache, *cell) for cell in CELLS_TIMED]  # noqa: E731
-        bench.time(MAP, {"one forward per cell, by hand": some}, repeats=1, times=14, warm=0)
-        for way, values in bench.time(MAP, ways, repeats=1, warm=0).items():
-            bench.check(MAP, way, values)
+        bench.time_map({"one forward per cell, by hand": some}, ways)
 
 
 def reading(bench: Bench) -> None:
     ids = tokens_to_read()
     read = lambda: model(ids, stop_at_layer=READ_BLOCK + 1)  # noqa: E731
     with torch.inference_mode():
-        bench.check(READING, "read", read()[:, -1, :4])
-        ways = {"full forward": lambda: bare(ids, use_cache=False), "stop_at_layer": read}
-        bench.time(READING, ways, repeats=3)
+        bench.time_reading(lambda: bare(ids, use_cache=False), "stop_at_layer", read)
 
 
 def forward(bench: Bench) -> None:
@@ -216,7 +197,7 @@ def forward(bench: Bench) -> None:
         ways = {
             "bare": lambda: bare(ids, use_cache=False),
             "its model without hooks": lambda: model(ids),
-            "one edit": lambda: model.run_with_hooks(ids, fwd_hooks=[(site(BLOCK), change)]),
+            "one edit": lambda: model.run_with_hooks(ids, fwd_hooks=[(lens_site(BLOCK), change)]),
         }
         bench.time(FORWARD, ways, repeats=3)
 

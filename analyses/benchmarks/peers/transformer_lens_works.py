@@ -18,34 +18,33 @@ from works import (
     BLOCKS,
     CELLS_TIMED,
     FORWARD,
-    LONG,
+    GREEDY,
     MAP,
     MODEL,
     READ_BLOCK,
     READING,
-    SHORT,
     TASKS,
-    WIDE,
     Batch,
     Bench,
     LoReFT,
-    batch,
+    Step,
+    blocks_of,
     cell_batches,
     ioi,
+    lens_hooks,
+    lens_site,
     load,
     logit_difference,
+    positions_of,
     prompts,
     stepper,
     tokens_to_read,
+    trainings,
 )
 
 bare, tokenizer = load()
 model = TransformerBridge.boot_transformers(MODEL, hf_model=load()[0], tokenizer=tokenizer, device="cpu")
 model.eval()
-
-
-def site(block: int) -> str:
-    return f"blocks.{block}.hook_resid_post"
 
 
 def hook(edit: LoReFT, positions: slice) -> Callable[..., Tensor]:
@@ -57,9 +56,9 @@ def hook(edit: LoReFT, positions: slice) -> Callable[..., Tensor]:
     return change
 
 
-def step(blocks: list[int], positions: slice, data: Batch, few_logits: bool) -> Callable[[], float]:
+def step(blocks: list[int], positions: slice, data: Batch, few_logits: bool) -> Step:
     edits = [LoReFT() for _ in blocks]
-    hooks = [(site(block), hook(edit, positions)) for block, edit in zip(blocks, edits, strict=True)]
+    hooks = [(lens_site(block), hook(edit, positions)) for block, edit in zip(blocks, edits, strict=True)]
     more: dict[str, Any] = {"logits_to_keep": data.kept} if few_logits else {}
     target = data.labels[:, data.prompt :].flatten()
 
@@ -73,18 +72,8 @@ def step(blocks: list[int], positions: slice, data: Batch, few_logits: bool) -> 
     return stepper(loss, [p for edit in edits for p in edit.parameters()])
 
 
-def training(work: str, repeats: int) -> Callable[[Bench], None]:
-    def do(bench: Bench) -> None:
-        data = batch(work)
-        blocks = list(range(BLOCKS)) if work == WIDE else [BLOCK]
-        positions = slice(data.prompt - 7 if work == WIDE else data.last, data.prompt)
-        ways = {"logits only where labelled": step(blocks, positions, data, few_logits=True)}
-        if work == SHORT:
-            ways["all logits"] = step(blocks, positions, data, few_logits=False)
-        bench.check_losses(work, ways)
-        bench.time(work, ways, repeats, warm=0)
-
-    return do
+def steps(work: str, data: Batch) -> Callable[[bool], Step]:
+    return lambda few_logits: step(blocks_of(work), positions_of(work, data), data, few_logits)
 
 
 class Map:
@@ -92,7 +81,7 @@ class Map:
         self.clean, self.corrupt, self.answers = ioi(tokenizer)
 
     def cache(self) -> Any:
-        names = [site(block) for block in range(BLOCKS)]
+        names = [lens_site(block) for block in range(BLOCKS)]
         return model.run_with_cache(self.clean, names_filter=names, use_cache=False, logits_to_keep=1)[1]
 
     def utility(self, cache: Any, cells: list[tuple[int, int]]) -> Tensor:
@@ -112,11 +101,11 @@ class Map:
         """The same by hand, logits of the last token only."""
 
         def patch(hidden: Tensor, hook: Any) -> Tensor:
-            hidden[:, token] = cache[site(block)][:, token]
+            hidden[:, token] = cache[lens_site(block)][:, token]
             return hidden
 
         logits = model.run_with_hooks(
-            self.corrupt, fwd_hooks=[(site(block), patch)], use_cache=False, logits_to_keep=1
+            self.corrupt, fwd_hooks=[(lens_site(block), patch)], use_cache=False, logits_to_keep=1
         )
         return logit_difference(logits[:, -1], self.answers)
 
@@ -124,20 +113,7 @@ class Map:
         """A row for each cell, many rows in one pass, by hand."""
         cache, maps = self.cache(), []
         for some in cell_batches():
-            rows: dict[int, list[tuple[int, int]]] = {}
-            for number, (block, token) in enumerate(some):
-                rows.setdefault(block, []).append((number, token))
-
-            def patch(places: list[tuple[int, int]], values: Tensor) -> Callable[..., Tensor]:
-                where, tokens = [place[0] for place in places], [place[1] for place in places]
-
-                def change(hidden: Tensor, hook: Any) -> Tensor:
-                    hidden[where, tokens] = values[0, tokens]
-                    return hidden
-
-                return change
-
-            hooks = [(site(block), patch(places, cache[site(block)])) for block, places in rows.items()]
+            hooks = lens_hooks(some, cache)
             ids = self.corrupt.expand(len(some), -1)
             logits = model.run_with_hooks(ids, fwd_hooks=hooks, use_cache=False, logits_to_keep=1)
             maps.append(logit_difference(logits[:, -1], self.answers))
@@ -152,24 +128,19 @@ def patching(bench: Bench) -> None:
             "its patching utility": lambda: grid.utility(cache, list(CELLS_TIMED)),
             "one forward per cell, by hand": lambda: [grid.cell(cache, *cell) for cell in CELLS_TIMED],
         }
-        bench.time(MAP, ways, repeats=1, times=14, warm=0)
-        batched = {"batched, a row per cell, by hand": grid.rows}
-        for way, values in bench.time(MAP, batched, repeats=1, warm=0).items():
-            bench.check(MAP, way, values)
+        bench.time_map(ways, {"batched, a row per cell, by hand": grid.rows})
 
 
 def reading(bench: Bench) -> None:
     ids = tokens_to_read()
     read = lambda: model(ids, stop_at_layer=READ_BLOCK + 1, use_cache=False)  # noqa: E731
     with torch.inference_mode():
-        bench.check(READING, "read", read()[:, -1, :4])
-        ways = {"full forward": lambda: bare(ids, use_cache=False), "stop_at_layer": read}
-        bench.time(READING, ways, repeats=3)
+        bench.time_reading(lambda: bare(ids, use_cache=False), "stop_at_layer", read)
 
 
 def forward(bench: Bench) -> None:
     ids = tokens_to_read()
-    hooks = [(site(BLOCK), hook(LoReFT(), slice(-1, None)))]
+    hooks = [(lens_site(BLOCK), hook(LoReFT(), slice(-1, None)))]
     with torch.inference_mode():
         ways = {
             "bare": lambda: bare(ids, use_cache=False),
@@ -197,14 +168,13 @@ def tasks(bench: Bench) -> None:
 
             return edit
 
-        with model.hooks(fwd_hooks=[(site(block), change(block)) for block in blocks]):
+        with model.hooks(fwd_hooks=[(lens_site(block), change(block)) for block in blocks]):
             return model.generate(ids[rows], **options)
 
     every, mask = list(range(16)), torch.ones_like(ids)
-    hf = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False, "pad_token_id": 2}
     with torch.inference_mode():
         ways = {
-            "bare batch": lambda: bare.generate(ids, attention_mask=mask, **hf),
+            "bare batch": lambda: bare.generate(ids, attention_mask=mask, **GREEDY),
             "one batch, one block": lambda: generate(every, [BLOCK]),
         }
         bench.time(TASKS, ways, repeats=1, warm=0)
@@ -213,9 +183,7 @@ def tasks(bench: Bench) -> None:
 if __name__ == "__main__":
     Bench.of("transformer_lens").run(
         {
-            SHORT: training(SHORT, 3),
-            LONG: training(LONG, 1),
-            WIDE: training(WIDE, 1),
+            **trainings(steps, "all logits"),
             MAP: patching,
             READING: reading,
             FORWARD: forward,

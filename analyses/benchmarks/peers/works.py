@@ -11,7 +11,7 @@ import gc
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ CLEAN = "When Mary and John went to the store, John gave a drink to"
 CORRUPT = "When John and Mary went to the store, Mary gave a drink to"
 ANSWERS = (" Mary", " John")
 MAP_BATCH = 70  # cells in one pass, where a way puts several in one: about a thousand tokens
+GREEDY = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False, "pad_token_id": 2}
 CELLS_TIMED = tuple((block, (block * 5) % 14) for block in range(0, BLOCKS))  # of one pass per cell
 
 
@@ -79,6 +80,23 @@ def batch(work: str) -> Batch:
     labels = ids.clone()
     labels[:, :prompt] = -100
     return Batch(ids, torch.ones_like(ids), labels, prompt, answer)
+
+
+def blocks_of(work: str) -> list[int]:
+    """The blocks that a training work edits."""
+    return list(range(BLOCKS)) if work == WIDE else [BLOCK]
+
+
+def positions_of(work: str, data: Batch) -> slice:
+    """The tokens that a training work edits."""
+    return slice(data.prompt - 7 if work == WIDE else data.last, data.prompt)
+
+
+def labels_of(data: Batch, few_logits: bool) -> dict[str, Any]:
+    """A Hugging Face model's arguments for the loss, from all logits or from the last ones alone."""
+    if not few_logits:
+        return {"labels": data.labels}
+    return {"labels": data.labels[:, -data.kept :], "logits_to_keep": data.kept}
 
 
 def tokens_to_read() -> Tensor:
@@ -148,6 +166,35 @@ def cells() -> list[tuple[int, int]]:
 def cell_batches() -> list[list[tuple[int, int]]]:
     every = cells()
     return [every[start : start + MAP_BATCH] for start in range(0, len(every), MAP_BATCH)]
+
+
+def rows_by_block(some: list[tuple[int, int]]) -> dict[int, tuple[list[int], list[int]]]:
+    """For each block the rows that are patched there, a row for each cell, and the token of each."""
+    found: dict[int, tuple[list[int], list[int]]] = {}
+    for row, (block, token) in enumerate(some):
+        rows, tokens = found.setdefault(block, ([], []))
+        rows.append(row)
+        tokens.append(token)
+    return found
+
+
+def lens_site(block: int) -> str:
+    """TransformerLens's name, in both versions, for what leaves a block."""
+    return f"blocks.{block}.hook_resid_post"
+
+
+def lens_hooks(some: list[tuple[int, int]], cache: Any) -> list[tuple[str, Callable[..., Tensor]]]:
+    """TransformerLens's hooks that patch cells, a row for each, from a cache of the clean prompt."""
+
+    def patch(rows: list[int], tokens: list[int], values: Tensor) -> Callable[..., Tensor]:
+        def change(hidden: Tensor, hook: Any) -> Tensor:
+            hidden[rows, tokens] = values[0, tokens]
+            return hidden
+
+        return change
+
+    places = rows_by_block(some).items()
+    return [(lens_site(block), patch(*where, cache[lens_site(block)])) for block, where in places]
 
 
 @dataclass
@@ -221,6 +268,19 @@ class Bench:
                 self.write(work=work, way=way, ms=seconds * 1e3 * times, of=round(1 / times, 4))
         return last
 
+    def time_map(
+        self, single: Mapping[str, Callable[[], Any]], batched: Mapping[str, Callable[[], Any]]
+    ) -> None:
+        """Times ways of the patching map: those of one pass per cell on some cells, the others on all."""
+        self.time(MAP, single, repeats=1, times=len(cells()) / len(CELLS_TIMED), warm=0)
+        for way, found in self.time(MAP, batched, repeats=1, warm=0).items():
+            self.check(MAP, way, found)
+
+    def time_reading(self, whole: Callable[[], Any], way: str, read: Callable[[], Tensor]) -> None:
+        """Times reading beside a whole forward pass, and checks what was read."""
+        self.check(READING, "read", read()[:, -1, :4])
+        self.time(READING, {"full forward": whole, way: read}, repeats=3)
+
     def check_losses(self, work: str, ways: Mapping[str, Callable[[], float]]) -> None:
         """The first step's loss of each way that starts from `LoReFT()`; it warms up, too."""
         for way, step in ways.items():
@@ -244,6 +304,12 @@ class Bench:
                 raise RuntimeError(f"{self.peer} can now do {work!r} {way}: time it")
         self.write(work=work, way=way, cannot=reason + said)
 
+    def lacks(self, works: Iterable[str], reason: str) -> None:
+        """Says of those works that were asked for that a peer has no means for them."""
+        for work in works:
+            if work in self.only:
+                self.cannot(work, reason)
+
     @contextlib.contextmanager
     def work(self, name: str) -> Iterator[bool]:
         """Guards one work: a failure is written down and ends this work, not the others."""
@@ -261,6 +327,57 @@ class Bench:
                     do(self)
         if self.failed:
             raise SystemExit(f"{self.peer}: failed in {', '.join(self.failed)}")
+
+
+Step = Callable[[], float]
+StepsOf = Callable[[str, Batch], Callable[[bool], Step]]
+"""From a work and its batch, what makes a step with few logits or with all."""
+
+
+def trainings(
+    steps_of: StepsOf, whole: str = "labels given", checked: bool = True
+) -> dict[str, Callable[[Bench], None]]:
+    """The training works of a peer.
+
+    Args:
+        steps_of: makes steps.
+        whole: what a step with all logits is called.
+        checked: whether the first step's loss is that of `LoReFT()`, which every such peer must have.
+    """
+
+    def training(work: str, repeats: int) -> Callable[[Bench], None]:
+        def do(bench: Bench) -> None:
+            step = steps_of(work, batch(work))
+            ways = {"logits only where labelled": step(True)}
+            if work == SHORT:
+                ways[whole] = step(False)
+            if checked:
+                bench.check_losses(work, ways)
+            bench.time(work, ways, repeats, warm=0 if checked else 1)
+
+        return do
+
+    return {SHORT: training(SHORT, 3), LONG: training(LONG, 1), WIDE: training(WIDE, 1)}
+
+
+def model_step(model: nn.Module, data: Batch, few_logits: bool) -> Step:
+    """A step of a Hugging Face model that holds its own trainable parameters."""
+    more = labels_of(data, few_logits)
+
+    def loss() -> Tensor:
+        return model(input_ids=data.ids, attention_mask=data.mask, use_cache=False, **more).loss
+
+    return stepper(loss, [p for p in model.parameters() if p.requires_grad])
+
+
+def compare_forward(bench: Bench, model: nn.Module) -> None:
+    """A Hugging Face model that holds its own edit beside the bare one."""
+    ids = tokens_to_read()
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    bare, _ = load()
+    with torch.inference_mode():
+        ways = {"bare": lambda: bare(**inputs), "one edit": lambda: model(**inputs)}
+        bench.time(FORWARD, ways, repeats=3)
 
 
 def load(**kwargs: Any) -> tuple[Any, Any]:

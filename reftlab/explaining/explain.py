@@ -11,20 +11,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from reftlab.errors import DataError
-from reftlab.explaining.directions import Directions, find_directions
+from reftlab.explaining.causes.removal import Removal, removals
+from reftlab.explaining.evidence.replies import ReplyTable, ask
 from reftlab.explaining.explanation import EditExplanation, Explanation
-from reftlab.explaining.inputs import accepted, batches
-from reftlab.explaining.loss import AnswerLoss
-from reftlab.explaining.record import record
-from reftlab.explaining.removal import Removal, removals
-from reftlab.explaining.replies import ReplyTable, ask
-from reftlab.explaining.tokens import Lens, token_effects
-from reftlab.explaining.vectors import EditVectors, common_axes, sizes_of
+from reftlab.explaining.geometry.directions import Directions, find_directions
+from reftlab.explaining.geometry.record import record
+from reftlab.explaining.geometry.tokens import Lens, token_effects
+from reftlab.explaining.geometry.vectors import EditVectors, common_axes, sizes_of
+from reftlab.measuring import behaviour_of
+from reftlab.measuring.inputs import accepted, batches
 from reftlab.runtime import BoundModel
 from reftlab.runtime.calls import continues_texts
 from reftlab.runtime.modes import evaluating
 from reftlab.training.data import Encoded, Example, as_examples, encode
-from reftlab.training.replies import prompt_form
+from reftlab.training.replies import PromptForm, prompt_form
 
 if TYPE_CHECKING:
     from reftlab.runtime.places import BoundEdit
@@ -88,7 +88,7 @@ def explain(
     # A model that does not continue texts would take an answer for a part of the prompt.
     kept = rows if continues_texts(reft.model) else [replace(row, answer=None) for row in rows]
     encoded = encode(reft.tokenizer, kept, **form)
-    subject = _Subject(reft, rows, encoded, accepted(reft.model), sources)
+    subject = _Subject(reft, rows, encoded, accepted(reft.model), sources, form)
     with evaluating(reft), torch.no_grad(), tqdm(disable=not progress, desc="explain") as bar:
 
         def tick(what: str) -> None:
@@ -104,7 +104,7 @@ def explain(
         )
         directions = {one.edit: one.directions for one in edits}
         ranks = sorted((len(one) for one in directions.values()), reverse=True)[:max_edits]
-        bar.total = 4 + len(reft.edits) + sum(rank + draws * (rank > 1) for rank in ranks)
+        bar.total = 2 + len(reft.edits) + sum(rank + draws * (rank > 1) for rank in ranks)
         removal = _removal(subject, directions, max_edits=max_edits, draws=draws, seed=seed, tick=tick)
         replies = ReplyTable((), 0, "no replies were asked for (max_new_tokens=0)")
         if max_new_tokens:
@@ -127,6 +127,7 @@ class _Subject:
     encoded: list[Encoded]
     accepts: frozenset[str]
     sources: Mapping[str, Mapping[str, Any]] | None
+    form: PromptForm
 
 
 def _check(reft: Any, **counts: Any) -> None:
@@ -184,16 +185,16 @@ def _removal(
     tick: Callable[[str], None],
 ) -> Removal:
     reft, rows, sources = subject.reft, subject.rows, subject.sources
-    answered = [one for one, row in zip(subject.encoded, rows, strict=True) if row.answer is not None]
+    answered = sum(row.answer is not None for row in rows)
     if not continues_texts(reft.model):
         return Removal.unavailable(
             f"{type(reft.model).__name__} does not continue texts, so it gives no answers"
         )
     if not answered:
         return Removal.unavailable("the examples have no answers, so there is no loss to compare")
-    if sources and len(answered) < len(rows):
+    if sources and answered < len(rows):
         return Removal.unavailable(
             "some examples have no answers, and the source inputs belong to all of them"
         )
-    measure = AnswerLoss(reft, batches(reft, answered, sources), subject.accepts)
-    return removals(reft, measure, directions, max_edits=max_edits, draws=draws, seed=seed, tick=tick)
+    behaviour = behaviour_of(reft, rows, sources=sources, **subject.form)
+    return removals(reft, behaviour, directions, max_edits=max_edits, draws=draws, seed=seed, tick=tick)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reftlab.explaining.directions import Directions
-from reftlab.explaining.removal import Removal
-from reftlab.explaining.replies import ReplyTable
-from reftlab.explaining.tokens import TokenEffects
-from reftlab.explaining.vectors import CommonAxes, EditVectors, Sizes
+from reftlab.explaining.causes.removal import Removal
+from reftlab.explaining.evidence.replies import ReplyTable
+from reftlab.explaining.geometry.directions import Directions
+from reftlab.explaining.geometry.tokens import TokenEffects
+from reftlab.explaining.geometry.vectors import CommonAxes, EditVectors, Sizes
 from reftlab.training.data import Example
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class Explanation:
     @property
     def summary(self) -> tuple[str, ...]:
         """The findings in a few plain sentences."""
-        from reftlab.explaining.summary import summary_of
+        from reftlab.explaining.report.summary import summary_of
 
         return summary_of(self)
 
@@ -174,12 +174,12 @@ class Explanation:
         Returns:
             The path of the HTML file.
         """
-        from reftlab.explaining.report import save_report
+        from reftlab.explaining.report.report import save_report
 
         return save_report(self, Path(path))
 
     def _repr_html_(self) -> str:
-        from reftlab.explaining.report import notebook_html
+        from reftlab.explaining.report.report import notebook_html
 
         return notebook_html(self)
 

@@ -364,12 +364,12 @@ def test_several_processes_and_noisy_embeddings_are_reasons(tmp_path, monkeypatc
 
 
 def test_answer_losses_of_an_explanation_are_the_plain_runs():
-    from reftlab.explaining.loss import AnswerLoss
+    from reftlab.measuring import AnswerRuns
 
     reft = bind(rl.InterventionGraph(LOW, HIGH))
     batch = rl.training_batch(reft, PAIRS)
     accepts = frozenset(("input_ids", "attention_mask", "position_ids", "labels"))
-    losses = AnswerLoss(reft, [batch], accepts)
+    losses = AnswerRuns(reft, [batch], accepts)
     for off in ((), ("low",), ("high",), ("low", "high")):
         with torch.no_grad(), reft.disabled(*off) if off else contextlib.nullcontext():
             logits = reft(**batch).logits[:, :-1].log_softmax(-1)

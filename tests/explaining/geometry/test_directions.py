@@ -6,8 +6,8 @@ from torch import nn
 
 import reftlab as rl
 from reftlab.explaining import explain
-from reftlab.explaining.directions import find_directions, thin_svd
-from reftlab.explaining.vectors import EditVectors
+from reftlab.explaining.geometry.directions import find_directions, thin_svd
+from reftlab.explaining.geometry.vectors import EditVectors
 from tests.explaining.conftest import PAIRS, WIDTH, bound, orthonormal, set_directions
 
 

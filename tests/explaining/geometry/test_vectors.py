@@ -7,9 +7,9 @@ from sklearn.decomposition import PCA
 
 import reftlab as rl
 from reftlab.explaining import EditVectors
-from reftlab.explaining.inputs import accepted
-from reftlab.explaining.record import record
-from reftlab.explaining.vectors import common_axes, sizes_of
+from reftlab.explaining.geometry.record import record
+from reftlab.explaining.geometry.vectors import common_axes, sizes_of
+from reftlab.measuring.inputs import accepted
 from reftlab.training.collate import Collator
 from reftlab.training.data import as_examples, encode
 from tests.explaining.conftest import PAIRS, WIDTH, bound, loreft

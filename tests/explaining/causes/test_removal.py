@@ -5,16 +5,17 @@ import torch
 
 import reftlab as rl
 from reftlab.explaining import explain
-from reftlab.explaining.inputs import accepted, batches
-from reftlab.explaining.loss import AnswerLoss
-from reftlab.explaining.removal import _Without, removals
+from reftlab.explaining.altering import altered, nothing, without_directions
+from reftlab.explaining.causes.removal import removals
+from reftlab.measuring import AnswerRuns, behaviour_of
+from reftlab.measuring.inputs import accepted, batches
 from reftlab.training.data import as_examples, encode
-from tests.explaining.conftest import PAIRS, WIDTH, bound, loreft, orthonormal, set_directions
+from tests.explaining.conftest import PAIRS, bound, loreft, orthonormal, set_directions
 
 
 def measure(reft, pairs=PAIRS):
     encoded = encode(reft.tokenizer, as_examples(pairs))
-    return AnswerLoss(reft, batches(reft, encoded, None), accepted(reft.model))
+    return AnswerRuns(reft, batches(reft, encoded, None), accepted(reft.model))
 
 
 def plain_loss(reft, pairs=PAIRS):
@@ -79,7 +80,7 @@ def test_answers_that_edits_of_generated_tokens_change_are_measured_too(small_ll
 
 
 def test_many_examples_in_several_batches_give_the_same(small_llama, byte_tokenizer, monkeypatch):
-    monkeypatch.setattr("reftlab.explaining.inputs._TOKENS_A_BATCH", 40)
+    monkeypatch.setattr("reftlab.measuring.inputs._TOKENS_A_BATCH", 40)
     reft = bound(small_llama, byte_tokenizer, loreft())
     loss = measure(reft)
     assert len(loss._batches) > 1
@@ -114,14 +115,26 @@ def test_removing_the_planted_direction_costs_and_removing_the_other_does_not(sm
     assert removal.loss == pytest.approx(float(plain_loss(reft, pairs).mean()), abs=1e-4)
 
 
-def test_a_direction_taken_out_is_gone_from_what_is_written():
-    built = rl.LoReFT(rank=3).build(WIDTH)
-    out = orthonormal(1, 4)
-    base = torch.randn(5, WIDTH)
+def test_a_direction_taken_out_is_gone_from_what_is_written(small_llama, byte_tokenizer):
+    reft = bound(small_llama, byte_tokenizer, loreft(rank=3))
+    built, out, seen = reft.interventions["shift"], orthonormal(1, 4), []
+    inputs = byte_tokenizer("the sea", return_tensors="pt")
+
+    def delta(change):
+        seen.clear()
+        watching = reft.watching(lambda bound, tokens, base, new, source: seen.append((base, new)))
+        with torch.no_grad(), altered(reft, {"shift": change}), watching:
+            reft(**inputs)
+        ((base, new),) = seen
+        return base, new - base
+
+    base, after = delta(without_directions(out))
     with torch.no_grad():
-        before, after = built(base) - base, _Without(built, out).edited(base) - base
-        assert torch.equal(_Without(built, None).edited(base), base)
+        before = built(base) - base
     torch.testing.assert_close(after, before - (before @ out.T) @ out, atol=1e-5, rtol=1e-5)
+    assert float(before.norm()) > 1e-3
+    assert not delta(nothing)[1].any()
+    assert reft.interventions["shift"] is built
 
 
 def test_only_the_most_important_edits_are_taken_apart_and_the_report_says_so(small_llama, byte_tokenizer):
@@ -155,11 +168,15 @@ def test_an_intervention_that_several_places_share_is_taken_away_once(small_llam
     reft, told = bound(small_llama, byte_tokenizer, shared), []
     directions = explain(reft, PAIRS, max_new_tokens=0, progress=False).edits
     found = removals(
-        reft, measure(reft), {one.edit: one.directions for one in directions}, max_edits=0, tick=told.append
+        reft,
+        behaviour_of(reft, PAIRS, chat=False),
+        {one.edit: one.directions for one in directions},
+        max_edits=0,
+        tick=told.append,
     )
     assert [one.edit for one in found.removed] == ["s[0]", "s[1]", "s[2]"]
     assert len({one.change for one in found.removed}) == 1
-    assert told == ["all edits", "no edits", "without s[0]"]
+    assert told == ["without s[0]"]
 
 
 def test_unseen_prompts_with_positions_of_their_own_are_left_out_before_anything_fails(

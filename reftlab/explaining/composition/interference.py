@@ -14,10 +14,10 @@ from torch import Tensor
 
 from reftlab.address import head_name
 from reftlab.errors import DataError
-from reftlab.explaining.inputs import accepted
 from reftlab.graph import BASE, Read
 from reftlab.graph.nodes import replace_read
 from reftlab.interventions import Intervention
+from reftlab.measuring.inputs import accepted
 from reftlab.runtime.modes import evaluating
 from reftlab.runtime.places import BoundEdit
 from reftlab.runtime.reading import ReadValues

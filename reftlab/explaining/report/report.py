@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reftlab.errors import DataError
-from reftlab.explaining.directions import BASES
-from reftlab.explaining.summary import in_nats
+from reftlab.explaining.geometry.directions import BASES
+from reftlab.explaining.report.summary import in_nats
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

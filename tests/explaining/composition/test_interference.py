@@ -9,7 +9,7 @@ import torch
 
 import reftlab as rl
 from reftlab.errors import DataError
-from reftlab.explaining.interference import principal_angles, write_basis
+from reftlab.explaining.composition.interference import principal_angles, write_basis
 from tests.models import WIDTH, batch_of
 from tests.oracle import assert_close, randomise
 

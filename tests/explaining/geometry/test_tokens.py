@@ -5,7 +5,7 @@ import torch
 
 import reftlab as rl
 from reftlab.explaining import explain, readable_token
-from reftlab.explaining.tokens import Lens
+from reftlab.explaining.geometry.tokens import Lens
 from tests.explaining.conftest import PAIRS, WIDTH, TextMLP, bound
 
 

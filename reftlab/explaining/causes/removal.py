@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from reftlab.interventions import Intervention
+from reftlab.explaining.altering import Change, altered, nothing, without_directions
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from reftlab.explaining.directions import Directions
-    from reftlab.explaining.loss import AnswerLoss
+    from reftlab.explaining.geometry.directions import Directions
+    from reftlab.measuring import Behaviour
     from reftlab.runtime import BoundModel
 
 __all__ = ["Removal", "Removed", "removals"]
@@ -115,40 +112,9 @@ class Removal:
         )
 
 
-class _Without(Intervention):
-    """A built intervention with directions projected out of what it writes, or without all it writes.
-
-        h + (I − UᵀU) (edit(h) − h)
-
-    Args:
-        inner: the built intervention.
-        out: orthonormal rows U, `(k, width)`; None takes all away.
-    """
-
-    takes_source = "optional"
-
-    def __init__(self, inner: Intervention, out: Float[Tensor, "k width"] | None = None) -> None:
-        super().__init__()
-        self.inner, self.out = inner, out
-        self.averages_source = inner.averages_source  # type: ignore[misc]
-
-    @property
-    def directions(self) -> int | None:
-        return self.inner.directions
-
-    def edited(
-        self, base: Float[Tensor, "n width"], source: Float[Tensor, "n width"] | None = None, **extra: Any
-    ) -> Float[Tensor, "n width"]:
-        if self.out is None:
-            return base
-        new: Tensor = self.inner.edited(base, source, **extra)
-        out = self.out.to(base)
-        return new - ((new - base) @ out.T) @ out
-
-
 def removals(
     reft: BoundModel,
-    measure: AnswerLoss,
+    behaviour: Behaviour,
     directions: Mapping[str, Directions],
     *,
     max_edits: int = 6,
@@ -160,7 +126,7 @@ def removals(
 
     Args:
         reft: the bound model.
-        measure: the loss.
+        behaviour: the answer loss.
         directions: directions of each edit, by key.
         max_edits: how many edits have their directions removed one by one: those whose removal as a
             whole raises the loss most.
@@ -168,27 +134,20 @@ def removals(
         seed: of the random directions.
         tick: called after each loss with a few words for a progress bar.
     """
-    full = measure()
-    tick("all edits")
-    with reft.disabled():
-        bare = measure()
-    tick("no edits")
-    owner = measure.example_of
-    counts = torch.bincount(owner).clamp(min=1)
+    full = behaviour.full
 
-    def removed(key: str, what: What, label: str, out: Tensor | None) -> Removed:
-        with _without(reft, modules[key], out):
-            loss = measure()
+    def removed(key: str, what: What, label: str, change: Change) -> Removed:
+        with altered(reft, {modules[key]: change}):
+            loss = behaviour()
         tick(f"without {key} {label}".strip())
-        per_example = torch.zeros(len(counts)).index_add_(0, owner, loss - full) / counts
-        change = float(loss.mean() - full.mean())
-        return Removed(key, what, label, float(loss.mean()), change, tuple(per_example.tolist()))
+        mean = behaviour.mean(loss)
+        return Removed(key, what, label, mean, mean - behaviour.mean(full), tuple((loss - full).tolist()))
 
     modules = {bound.key: bound.module for bound in reft.edits if bound.key in directions}
     keys, whole = list(modules), dict[str, Removed]()
     # An intervention that several places share is taken from all of them, so it is measured once.
     for key, module in modules.items():
-        whole[module] = whole.get(module) or removed(key, "edit", "", None)
+        whole[module] = whole.get(module) or removed(key, "edit", "", nothing)
     found = [replace(whole[module], edit=key) for key, module in modules.items()]
     order = sorted(found, key=lambda r: r.change, reverse=True)
     detailed = tuple(r.edit for r in order[:max_edits])
@@ -196,12 +155,12 @@ def removals(
     for key in detailed:
         write = directions[key].write
         found += [
-            removed(key, "direction", label, write[k : k + 1])
+            removed(key, "direction", label, without_directions(write[k : k + 1]))
             for k, label in enumerate(directions[key].labels)
         ]
         for draw in range(1, draws + 1 if len(write) > 1 else 1):
             mixed = torch.randn(1, len(write), generator=generator) @ write
-            found.append(removed(key, "random", str(draw), mixed / mixed.norm()))
+            found.append(removed(key, "random", str(draw), without_directions(mixed / mixed.norm())))
     note, left = "", len(keys) - len(detailed)
     if left:
         note = (
@@ -209,12 +168,12 @@ def removals(
             f"raises the loss most; for the other {left} only the whole edit was removed"
         )
     return Removal(
-        float(full.mean()), float(bare.mean()), len(counts), len(owner), tuple(found), detailed, None, note
+        behaviour.mean(full),
+        behaviour.mean(behaviour.bare),
+        len(behaviour.weights),
+        int(behaviour.weights.sum()),
+        tuple(found),
+        detailed,
+        None,
+        note,
     )
-
-
-@contextlib.contextmanager
-def _without(reft: BoundModel, module: str, out: Tensor | None) -> Iterator[None]:
-    inner: Any = reft.interventions[module]
-    with reft.replaced(module, _Without(inner, out).eval()):
-        yield

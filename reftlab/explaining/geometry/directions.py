@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from reftlab.explaining.vectors import EditVectors
+    from reftlab.explaining.geometry.vectors import EditVectors
 
 __all__ = ["BASES", "CONSTANT", "Directions", "find_directions", "thin_svd"]
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from reftlab.explaining.directions import Directions
+    from reftlab.explaining.geometry.directions import Directions
 
 __all__ = ["Lens", "TokenEffect", "TokenEffects", "readable_token", "token_effects"]
 

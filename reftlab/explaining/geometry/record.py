@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from reftlab.explaining.tokens import Lens
-from reftlab.explaining.vectors import EditVectors
+from reftlab.explaining.geometry.tokens import Lens
+from reftlab.explaining.geometry.vectors import EditVectors
 from reftlab.graph import BASE
 from reftlab.runtime.calls import continues_texts
 from reftlab.runtime.leaf import get_input

@@ -1,0 +1,121 @@
+"""Numbers with intervals, by the bootstrap over examples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from reftlab.errors import DataError
+
+__all__ = ["Estimate", "mean_of", "share_kept"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number, and the interval that a bootstrap over examples gives it.
+
+    Attributes:
+        value: the number; NaN where it is not defined.
+        low, high: ends of the interval; NaN for fewer than two examples.
+        level: how often such intervals hold the truth, 0.95 for 95%.
+    """
+
+    value: float
+    low: float
+    high: float
+    level: float = 0.95
+
+    def __format__(self, form: str) -> str:
+        form = form or ".3g"
+        if math.isnan(self.value):
+            return "not defined"
+        shown = f"{self.value:{form}}"
+        return shown if math.isnan(self.low) else f"{shown} [{self.low:{form}}, {self.high:{form}}]"
+
+    def __str__(self) -> str:
+        return format(self, "")
+
+    def excludes(self, value: float) -> bool:
+        """Whether the interval leaves a value out; False where there is no interval."""
+        return self.low > value or self.high < value
+
+
+def mean_of(
+    values: Float[Tensor, " example"],
+    weights: Float[Tensor, " example"] | None = None,
+    *,
+    draws: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """Weighted mean over examples with its percentile bootstrap interval.
+
+    Args:
+        values: `(example,)`.
+        weights: `(example,)`, such as the number of answer tokens of each; equal unless given.
+        draws: resamples of the examples.
+        level: of the interval.
+        seed: of the resamples.
+    """
+    columns = _columns(values, weights)
+    return _bootstrap(lambda v, w: (v * w).sum(-1) / w.sum(-1), columns, draws, level, seed)
+
+
+def share_kept(
+    values: Float[Tensor, " example"],
+    bare: Float[Tensor, " example"],
+    full: Float[Tensor, " example"],
+    weights: Float[Tensor, " example"] | None = None,
+    *,
+    draws: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """Which share of an effect is left: `(mean values − mean bare) / (mean full − mean bare)`.
+
+    1 where the behaviour is that of all edits, 0 where it is that of none, below 0 where it is worse
+    than without; the sign of the behaviour does not matter. Where the whole effect's own interval holds
+    0 there is nothing to have a share of, and the value is NaN.
+
+    Args:
+        values: the behaviour to judge, `(example,)`.
+        bare, full: the same without any edit and with all, on the same examples.
+        weights, draws, level, seed: as for `mean_of`; whole examples are resampled, so the three stay
+            paired.
+    """
+    effect = mean_of(full - bare, weights, draws=draws, level=level, seed=seed)
+    if effect.value == 0 or (len(full) > 1 and not effect.excludes(0.0)):
+        return Estimate(math.nan, math.nan, math.nan, level)
+    value, whole = _columns(values - bare, weights), _columns(full - bare, weights)
+
+    def ratio(v: Any, f: Any, w: Any) -> Any:
+        return (v * w).sum(-1) / (f * w).sum(-1)
+
+    return _bootstrap(ratio, (value[0], whole[0], value[1]), draws, level, seed)
+
+
+def _columns(values: Tensor, weights: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+    numbers = values.detach().double().cpu().numpy()
+    if weights is not None and weights.shape != values.shape:
+        raise DataError(f"weights={tuple(weights.shape)}: expected one for each of {len(values)} examples")
+    return numbers, np.ones_like(numbers) if weights is None else weights.double().cpu().numpy()
+
+
+def _bootstrap(
+    statistic: Any, columns: tuple[np.ndarray, ...], draws: int, level: float, seed: int
+) -> Estimate:
+    value = float(statistic(*columns))
+    if len(columns[0]) < 2:
+        return Estimate(value, math.nan, math.nan, level)
+    from scipy.stats import bootstrap  # type: ignore[import-untyped]
+
+    found = bootstrap(
+        columns, statistic, paired=True, vectorized=True, n_resamples=draws, confidence_level=level,
+        method="percentile", rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return Estimate(value, float(found.low), float(found.high), level)

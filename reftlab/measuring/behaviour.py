@@ -80,7 +80,7 @@ class Behaviour:
 def behaviour_of(
     reft: BoundModel,
     examples: Any,
-    metric: Metric | Callable[[Tensor], Tensor] | None = None,
+    metric: Any = None,
     *,
     chat: bool | None = None,
     system: str | None = None,

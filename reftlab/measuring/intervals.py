@@ -63,7 +63,7 @@ def mean_of(
         seed: of the resamples.
     """
     columns = _columns(values, weights)
-    return _bootstrap(lambda v, w: (v * w).sum(-1) / w.sum(-1), columns, draws, level, seed)
+    return _bootstrap(_mean, columns, draws, level, seed)
 
 
 def share_kept(
@@ -92,11 +92,15 @@ def share_kept(
     if effect.value == 0 or (len(full) > 1 and not effect.excludes(0.0)):
         return Estimate(math.nan, math.nan, math.nan, level)
     value, whole = _columns(values - bare, weights), _columns(full - bare, weights)
+    return _bootstrap(_ratio, (value[0], whole[0], value[1]), draws, level, seed)
 
-    def ratio(v: Any, f: Any, w: Any) -> Any:
-        return (v * w).sum(-1) / (f * w).sum(-1)
 
-    return _bootstrap(ratio, (value[0], whole[0], value[1]), draws, level, seed)
+def _mean(values: Any, weights: Any, axis: int = -1) -> Any:
+    return (values * weights).sum(axis) / weights.sum(axis)
+
+
+def _ratio(values: Any, whole: Any, weights: Any, axis: int = -1) -> Any:
+    return (values * weights).sum(axis) / (whole * weights).sum(axis)
 
 
 def _columns(values: Tensor, weights: Tensor | None) -> tuple[np.ndarray, np.ndarray]:

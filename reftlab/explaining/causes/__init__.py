@@ -1,0 +1,1 @@
+"""What edits cause: parts taken away, scaled, put back, and the ways that their effect takes."""

@@ -1,0 +1,1 @@
+"""How an explanation is checked: replies, and runs in which it stands in for the edits."""

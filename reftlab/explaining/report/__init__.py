@@ -1,0 +1,1 @@
+"""An explanation as sentences, and as a page."""

@@ -1,0 +1,122 @@
+"""Sections of an explanation: each one answer, with what it says, its figure, and its table."""
+
+from __future__ import annotations
+
+import html
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from reftlab.errors import ReftlabError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+__all__ = ["QUESTIONS", "Budget", "Result", "Section", "answered"]
+
+QUESTIONS = {
+    "what": "What does it do?",
+    "evidence": "How do we know?",
+    "where": "Where does it happen?",
+    "amount": "How much does each part matter?",
+    "doubts": "What could be wrong?",
+}
+"""What a reader asks, in this order, by the name that sections give it."""
+
+
+class Result(Protocol):
+    """What every section holds."""
+
+    def to_frame(self) -> pd.DataFrame: ...
+    def plot(self) -> Figure: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """One answer of an explanation.
+
+    Attributes:
+        name: short, as in `explanation.section("faithfulness")`.
+        question: which of `QUESTIONS` it answers.
+        title: its heading.
+        says: the findings in plain sentences, computed from the numbers.
+        how: what was done, and how to read it.
+        result: the numbers, with `to_frame()` and `plot()`; None where there are none.
+        missing: why there is no result, or None.
+        note: what was sampled or left out; empty where nothing was.
+        seconds: how long it took.
+    """
+
+    name: str
+    question: str
+    title: str
+    says: tuple[str, ...] = ()
+    how: str = ""
+    result: Any = None
+    missing: str | None = None
+    note: str = ""
+    seconds: float = 0.0
+
+    def to_frame(self) -> pd.DataFrame:
+        """The table; empty where there is no result."""
+        import pandas as pd
+
+        return pd.DataFrame() if self.result is None else self.result.to_frame()
+
+    def plot(self) -> Figure:
+        """The figure, or one that says why there is none."""
+        from reftlab.plotting import message_figure
+
+        if self.result is None:
+            return message_figure(self.title, self.missing or "there is no result")
+        return self.result.plot()
+
+    def _repr_html_(self) -> str:
+        lines = self.says if self.missing is None else (f"Not available: {self.missing}.",)
+        text = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
+        note = f"<p><small>{html.escape(self.note)}</small></p>" if self.note else ""
+        inner = getattr(self.result, "_repr_html_", None)
+        return f"<h4>{html.escape(self.title)}</h4>{text}{note}{inner() if inner is not None else ''}"
+
+    def __repr__(self) -> str:
+        shown = f"not available: {self.missing}" if self.missing is not None else " ".join(self.says)
+        return f"Section({self.name!r}: {shown if len(shown) < 120 else shown[:119] + '…'})"
+
+
+@dataclass
+class Budget:
+    """Seconds that a whole explanation may take, counted from when this was made; None without limit."""
+
+    seconds: float | None
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def left(self) -> float | None:
+        """Seconds left, not below 0; None without limit."""
+        return None if self.seconds is None else max(0.0, self.seconds - (time.perf_counter() - self.began))
+
+    @property
+    def used_up(self) -> bool:
+        return self.left == 0.0
+
+
+def answered(empty: Section, work: Callable[[], Section], budget: Budget) -> Section:
+    """Carry out a section, or say why there is none.
+
+    Args:
+        empty: its name, question and title.
+        work: makes the section; what it raises of reftlab's own errors becomes the reason.
+        budget: once it is used up, the section is left out and says so.
+    """
+    from dataclasses import replace
+
+    if budget.used_up:
+        return replace(empty, missing=f"left out, since the time budget of {budget.seconds:g} s was used up")
+    began = time.perf_counter()
+    try:
+        made = work()
+    except ReftlabError as error:
+        made = replace(empty, missing=str(error))
+    return replace(made, seconds=time.perf_counter() - began)

@@ -11,12 +11,14 @@ from reftlab.explaining.evidence.replies import ReplyTable
 from reftlab.explaining.geometry.directions import Directions
 from reftlab.explaining.geometry.tokens import TokenEffects
 from reftlab.explaining.geometry.vectors import CommonAxes, EditVectors, Sizes
+from reftlab.explaining.section import Section
 from reftlab.training.data import Example
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+    from reftlab.measuring import Behaviour
     from reftlab.runtime.plan import Plan
 
 __all__ = ["EditExplanation", "Explanation"]
@@ -106,6 +108,8 @@ class Explanation:
         removal: the answer loss without each edit and direction.
         replies: replies without and with the edits.
         seed: of the random directions.
+        behaviour: what was measured of the runs, with and without edits; None where nothing can be.
+        sections: the further answers, in the order of `reftlab.explaining.section.QUESTIONS`.
     """
 
     model: str
@@ -117,6 +121,19 @@ class Explanation:
     removal: Removal
     replies: ReplyTable
     seed: int
+    behaviour: Behaviour | None = None
+    sections: tuple[Section, ...] = ()
+
+    def section(self, name: str) -> Section:
+        """A section by its name.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        for found in self.sections:
+            if found.name == name:
+                return found
+        raise KeyError(f"there is no section {name!r}; there is {[found.name for found in self.sections]}")
 
     def __getitem__(self, edit: str) -> EditExplanation:
         for found in self.edits:

@@ -155,7 +155,10 @@ def test_the_report_stands_alone(reft, tmp_path):
     tags = Tags(page)
     assert tags.open == []
     assert tags.links
-    assert all(link.startswith("data:image/png;base64,") for link in tags.links)
+    inside = [link[1:] for link in tags.links if link.startswith("#")]
+    assert inside
+    assert all(f'id="{name}"' in page for name in inside)
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in tags.links)
     assert not {"script", "link", "iframe", "b>bold"} & set(tags.tags)
     assert "http://" not in page
     assert "https://" not in page

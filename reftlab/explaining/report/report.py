@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,15 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 from reftlab.errors import DataError
 from reftlab.explaining.geometry.directions import BASES
+from reftlab.explaining.report.doubts import doubts_of
 from reftlab.explaining.report.summary import in_nats
+from reftlab.explaining.section import QUESTIONS, Section
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
     from reftlab.explaining.explanation import EditExplanation, Explanation
 
 __all__ = ["notebook_html", "save_report"]
 
+LINES = 60
+"""How many lines of a section's table the page shows."""
 OPEN = 3
 """How many edits, the most important ones, are unfolded and have each figure of their own."""
 
@@ -56,6 +62,9 @@ def _figures(explanation: Explanation) -> Iterator[tuple[str, Figure]]:
         yield "removal", explanation.removal.plot()
     if explanation.replies.replies:
         yield "replies", explanation.replies.plot()
+    for section in explanation.sections:
+        if section.result is not None:
+            yield section.name, section.plot()
     names = _file_names(explanation)
     for place, edit in enumerate(explanation.importance):
         name = names[edit.edit]
@@ -82,7 +91,43 @@ def _content(explanation: Explanation, images: dict[str, str]) -> dict[str, Any]
             for place, edit in enumerate(explanation.importance)
         ],
         "caveats": sorted({e.tokens.missing for e in explanation.edits if e.tokens.missing}),
+        "groups": [
+            {
+                "name": name,
+                "question": question,
+                "sections": [_section(s) for s in explanation.sections if s.question == name],
+            }
+            for name, question in QUESTIONS.items()
+        ],
+        "doubts": doubts_of(explanation),
     }
+
+
+def _section(section: Section) -> dict[str, Any]:
+    """A section as the template takes it; a result's own HTML is used where it is more than a table."""
+    from markupsafe import Markup
+
+    made = {name: getattr(section, name) for name in ("name", "title", "says", "how", "missing", "note")}
+    inline = getattr(section.result, "inline_html", None)
+    frame = None if section.result is None else _frame(section.to_frame())
+    return {**made, "inline": "" if inline is None else Markup(inline()), "frame": frame}
+
+
+def _frame(frame: pd.DataFrame) -> dict[str, Any] | None:
+    """The first lines of a table, as texts."""
+    if frame.empty:
+        return None
+    numeric = {str(name): bool(frame[name].dtype.kind in "iuf") for name in frame.columns}
+    rows = [[_cell(value) for value in row] for row in frame.head(LINES).itertuples(index=False)]
+    return {
+        "columns": list(numeric), "numeric": numeric, "rows": rows, "left": max(0, len(frame) - LINES),
+    }  # fmt: skip
+
+
+def _cell(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    return f"{value:.3g}".replace("-", "−") if isinstance(value, float) else str(value)
 
 
 def _edit(edit: EditExplanation, explanation: Explanation, place: int) -> dict[str, Any]:
@@ -157,7 +202,7 @@ def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 def _file_names(explanation: Explanation) -> dict[str, str]:
     """For each edit a name that files may have, unlike that of any other figure."""
     names: dict[str, str] = {}
-    taken = {"overview", "removal", "replies"}
+    taken = {"overview", "removal", "replies", *(section.name for section in explanation.sections)}
     for edit in explanation.edits:
         plain = name = re.sub(r"[^A-Za-z0-9_-]+", "-", edit.edit).strip("-")
         number = 2

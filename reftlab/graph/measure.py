@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reftlab.errors import GraphError
+from reftlab.graph.linear_probe import linear_parts, require_probabilities
 from reftlab.graph.nodes import Read
 from reftlab.interventions.base import as_vector, number
 
@@ -229,41 +230,33 @@ def probability(of: str | Read, probe: Any, label: Any = None) -> Probability:
 
     Args:
         of: what the probe looks at.
-        probe: a fitted scikit-learn `LogisticRegression`, or a pipeline of a `StandardScaler` and one.
+        probe: a fitted scikit-learn classifier whose probabilities are the sigmoid or softmax of a linear
+            function: `LogisticRegression`, `LinearDiscriminantAnalysis`, `SGDClassifier` with
+            `loss="log_loss"` for two classes, `reftlab.probing.MeanDifference`, …; alone, in a pipeline
+            behind `StandardScaler` steps, or found by a search such as `GridSearchCV`. Each is asked for
+            its own probabilities of a few vectors, and refused where they are others.
         label: which of `probe.classes_`; for two classes the second unless given.
 
     Raises:
-        GraphError: the probe is not fitted, not linear, or has no such class.
+        GraphError: the probe is not fitted, not linear, gives other or no probabilities, or has no
+            such class.
     """
-    weight, bias, classes = _linear(probe)
+    try:
+        parts = linear_parts(probe)
+        require_probabilities(probe, parts)
+    except GraphError as error:
+        raise GraphError(f"probability: {error}") from error
+    classes = parts.classes or []
     if label is None and len(classes) != 2:
         raise GraphError(
             f"probability: the probe has the classes {classes}; say which, as in label={classes[0]!r}"
         )
     if label is not None and label not in classes:
         raise GraphError(f"probability: label={label!r} is none of the probe's classes {classes}")
+    # A softmax does not see what all rows share, and in float32 that could be most of the digits.
+    shared = len(parts.bias) > 1
+    weight, bias = (torch.from_numpy(part - part.mean(0) if shared else part).float() for part in parts[:2])
     return Probability(as_read(of), weight, bias, 1 if label is None else classes.index(label))
-
-
-def _linear(probe: Any) -> tuple[Tensor, Tensor, list[Any]]:
-    """Weights, biases and classes of a probe, with a scaler before it multiplied in."""
-    steps = [step for _, step in probe.steps] if hasattr(probe, "steps") else [probe]
-    head, scalers = steps[-1], steps[:-1]
-    known = type(head).__name__ in ("LogisticRegression", "LogisticRegressionCV")
-    if not known or any(type(step).__name__ != "StandardScaler" for step in scalers):
-        raise GraphError(
-            "probability: expected a fitted LogisticRegression, alone or behind a StandardScaler, "
-            f"not {probe!r}"
-        )
-    if not hasattr(head, "coef_"):
-        raise GraphError(f"probability: {probe!r} is not fitted; call fit first")
-    weight, bias = torch.as_tensor(head.coef_).double(), torch.as_tensor(head.intercept_).double()
-    for scaler in scalers:
-        if scaler.scale_ is not None:
-            weight = weight / torch.as_tensor(scaler.scale_)
-        if scaler.mean_ is not None:
-            bias = bias - weight @ torch.as_tensor(scaler.mean_)
-    return weight.float(), bias.float().expand(len(weight)).clone(), list(head.classes_.tolist())
 
 
 def as_read(value: str | Read) -> Read:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import reftlab as rl
 from reftlab.errors import BindError, GraphError
+from reftlab.probing.directions import MeanDifference
 from tests.models import WIDTH, batch_of, with_position_ids
 from tests.oracle import VECTOR, assert_close, columns_by_hand, hooked, plain_edit, plain_read, raw_blocks
 
@@ -128,7 +129,9 @@ def test_a_condition_on_the_prompt_holds_for_the_whole_generation_and_every_beam
 
 
 @torch.no_grad()
-def test_a_condition_can_read_another_run_and_a_probe_can_decide(llama: Any) -> None:
+@pytest.mark.parametrize("kind", ["LogisticRegression", "LinearDiscriminantAnalysis", "MeanDifference"])
+def test_a_condition_can_read_another_run_and_a_probe_can_decide(llama: Any, kind: str) -> None:
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -136,9 +139,9 @@ def test_a_condition_can_read_another_run_and_a_probe_can_decide(llama: Any) -> 
     batch, other = batch_of(LENGTHS), batch_of(LENGTHS, seed=9)
     generator = torch.Generator().manual_seed(2)
     vectors = torch.randn(60, WIDTH, generator=generator) * 3 + 1
-    probe = make_pipeline(StandardScaler(), LogisticRegression()).fit(
-        vectors.numpy(), (vectors[:, 0] > 1).numpy()
-    )
+    kinds: list[Any] = [LogisticRegression, LinearDiscriminantAnalysis, MeanDifference]
+    head = next(one for one in kinds if one.__name__ == kind)()
+    probe = make_pipeline(StandardScaler(), head).fit(vectors.numpy(), (vectors[:, 0] > 1).numpy())
     hidden = plain_read(llama, raw_blocks(llama)[1], other)
     last = [int(row.nonzero()[-1]) for row in other["attention_mask"]]
     chances = torch.tensor(probe.predict_proba(hidden[range(3), last].numpy())[:, 1])

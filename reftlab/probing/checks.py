@@ -1,0 +1,92 @@
+"""What the user hands over as vectors, labels and groups, as arrays that can be computed with."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from reftlab.errors import DataError
+
+__all__ = ["as_classes", "as_groups", "as_numpy", "as_vectors", "whole_number"]
+
+
+def as_numpy(value: Any) -> np.ndarray:
+    """A tensor, an array or a sequence as an array; bfloat16 becomes float32."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.float() if value.is_floating_point() and value.element_size() < 4 else value
+        return np.asarray(value.numpy())
+    return np.asarray(value)
+
+
+def as_vectors(X: Any) -> Float[np.ndarray, "n width"]:  # noqa: N803
+    """Vectors `(n, width)` as float32 or float64.
+
+    Raises:
+        DataError: not rows of finite numbers.
+    """
+    try:
+        vectors = as_numpy(X)
+        vectors = vectors if vectors.dtype in (np.float32, np.float64) else vectors.astype(np.float32)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"X: expected numbers (n, width): {error}") from error
+    if vectors.ndim != 2 or 0 in vectors.shape:
+        raise DataError(f"X has the shape {vectors.shape}; expected vectors (n, width)")
+    unusable = int((~np.isfinite(vectors).all(1)).sum())
+    if unusable:
+        raise DataError(f"X: {unusable} of {len(vectors)} vectors hold NaN or infinity")
+    return vectors
+
+
+def as_classes(y: Any, n: int) -> tuple[list[Any], Int[np.ndarray, " n"]]:
+    """Classes in their order, and the number of each example's class.
+
+    Raises:
+        DataError: not one class for each of `n` vectors, or fewer than two classes.
+    """
+    labels = as_numpy(y)
+    if labels.shape != (n,):
+        raise DataError(f"y has the shape {labels.shape}; {n} vectors need one class each, ({n},)")
+    if labels.dtype.kind == "f" and not bool((labels == np.round(labels)).all()):
+        raise DataError(
+            f"y holds fractions such as {labels[labels != np.round(labels)][0]!r}; expected classes"
+        )
+    try:
+        classes, numbers = np.unique(labels, return_inverse=True)
+    except TypeError as error:
+        raise DataError(f"y: expected classes of one kind, such as all strings: {error}") from error
+    if len(classes) < 2:
+        raise DataError(f"y holds only the class {classes.tolist()[0]!r}; expected at least two")
+    return classes.tolist(), numbers.astype(np.int64)
+
+
+def as_groups(groups: Sequence[Hashable] | Any | None, n: int) -> Int[np.ndarray, " n"]:
+    """Groups as numbers from 0 in the order in which they first come; each example its own for None.
+
+    Raises:
+        DataError: not one group for each of `n` vectors.
+    """
+    if groups is None:
+        return np.arange(n)
+    named = as_numpy(groups).tolist() if hasattr(groups, "shape") else list(groups)
+    if len(named) != n:
+        raise DataError(f"groups has {len(named)} entries; {n} vectors need one each")
+    numbers: dict[Any, int] = {}
+    try:
+        return np.array([numbers.setdefault(name, len(numbers)) for name in named], dtype=np.int64)
+    except TypeError as error:
+        raise DataError(f"groups: {error}; expected names or numbers") from error
+
+
+def whole_number(value: Any, name: str, least: int) -> int:
+    """A whole number of at least so much.
+
+    Raises:
+        DataError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise DataError(f"{name}={value!r}: expected a whole number of {least} or more")
+    return int(value)

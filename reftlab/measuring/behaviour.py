@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reftlab.errors import DataError
-from reftlab.measuring.inputs import accepted, batches
+from reftlab.measuring.inputs import accepted
 from reftlab.measuring.intervals import Estimate, mean_of, share_kept
+from reftlab.measuring.question import Question, metrics_of, question_of
 from reftlab.measuring.runs import AnswerRuns, answer_nats
 from reftlab.runtime.calls import continues_texts
 from reftlab.runtime.modes import evaluating
-from reftlab.runtime.window import IGNORED_LABEL
-from reftlab.sweeping.metric import Metric, References, as_metric
-from reftlab.training.data import Encoded, as_examples, encode
-from reftlab.training.replies import prompt_form
 
 if TYPE_CHECKING:
     from reftlab.runtime import BoundModel
 
-__all__ = ["Behaviour", "behaviour_of"]
+__all__ = ["Behaviour", "behaviour_of", "measured_on"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +81,7 @@ def behaviour_of(
     chat: bool | None = None,
     system: str | None = None,
     sources: Mapping[str, Mapping[str, Any]] | None = None,
+    who: str = "a behaviour",
 ) -> Behaviour:
     """Choose what to measure of a bound model's runs on examples.
 
@@ -100,94 +97,57 @@ def behaviour_of(
             which is 0 for that model itself.
         chat, system: as for `rl.reply`.
         sources: inputs of each source run for all examples, as for `reft(...)`.
+        who: the function that asks, for messages.
 
     Raises:
         DataError: examples, metric or arguments that cannot be used.
     """
-    if reft.tokenizer is None:
-        raise DataError(
-            "a behaviour is measured on texts, which need a tokenizer: graph.bind(model, tokenizer)"
-        )
-    rows = as_examples(examples)
-    if sources and rows[0].sources:
-        raise DataError("sources= says what the examples' own sources say already; leave one of them out")
-    form = prompt_form(reft, reft.tokenizer, chat, system)
-    texts = continues_texts(reft.model)
-    answered = [number for number, row in enumerate(rows) if row.answer is not None] if texts else []
+    question = question_of(reft, examples, metric, chat=chat, system=system, sources=sources, who=who)
+    return measured_on(reft, question)
+
+
+def measured_on(reft: BoundModel, question: Question) -> Behaviour:
+    """The behaviour that answers a question, measured without edits and with all of them."""
     with evaluating(reft), torch.no_grad():
-        if metric is None and answered:
-            if sources and len(answered) < len(rows):
-                raise DataError(
-                    "some examples have no answers, and the source inputs belong to all of them; give each "
-                    "an answer, or leave those without out"
-                )
-            encoded = encode(reft.tokenizer, [rows[number] for number in answered], **form)
-            return _of_answers(reft, encoded, tuple(answered), sources)
-        prompts = encode(reft.tokenizer, [replace(row, answer=None) for row in rows], **form)
-        return _of_next_token(reft, prompts, None if metric is None else as_metric(metric), sources)
+        if question.answered:
+            measure = _answer_loss(reft, question)
+            full = measure()
+            with reft.disabled():
+                bare = measure()
+        else:
+            logits = _next_token(reft, question)
+            at_full = logits()
+            with reft.disabled():
+                at_bare = logits()
+            each = metrics_of(question, reft.tokenizer, at_full, at_bare)
+
+            def measured(found: Tensor) -> Tensor:
+                return torch.cat([own(row[None]) for own, row in zip(each, found, strict=True)]).float()
+
+            full, bare = measured(at_full), measured(at_bare)
+
+            def measure() -> Tensor:
+                return measured(logits())
+
+    return Behaviour(question.name, question.unit, question.examples, question.weights, bare, full, measure)
 
 
-def _of_answers(
-    reft: BoundModel, encoded: list[Encoded], examples: tuple[int, ...], sources: Any
-) -> Behaviour:
-    runs = AnswerRuns(reft, batches(reft, encoded, sources), accepted(reft.model))
-    counts = torch.bincount(runs.example_of, minlength=len(encoded)).float()
+def _answer_loss(reft: BoundModel, question: Question) -> Callable[[], Tensor]:
+    runs = AnswerRuns(reft, question.batches, accepted(reft.model))
 
     def measure() -> Tensor:
-        return torch.zeros(len(counts)).index_add_(0, runs.example_of, runs(answer_nats)) / counts
+        total = torch.zeros(len(question.weights)).index_add_(0, runs.example_of, runs(answer_nats))
+        return total / question.weights
 
-    full = measure()
-    with reft.disabled():
-        bare = measure()
-    return Behaviour("answer loss", "nats per answer token", examples, counts, bare, full, measure)
+    return measure
 
 
-def _of_next_token(
-    reft: BoundModel, encoded: list[Encoded], metric: Metric | None, sources: Any
-) -> Behaviour:
-    count = len(encoded)
-    logits = _next_token(reft, encoded, sources)
-    full = logits()
-    with reft.disabled():
-        bare = logits()
-    if metric is None:
-        wanted = full.log_softmax(-1)
-
-        def measured(found: Tensor) -> Tensor:
-            return (wanted.exp() * (wanted - found.log_softmax(-1))).sum(-1)
-
-        name, unit = "divergence of the next token from the edited model", "nats"
-    else:
-        metric.check(count, reft.tokenizer)
-        each = [
-            metric.finite(number, reft.tokenizer, References(full[number], bare[number]))
-            for number in range(count)
-        ]
-
-        def measured(found: Tensor) -> Tensor:
-            return torch.cat([own(row[None]) for own, row in zip(each, found, strict=True)]).float()
-
-        name, unit = metric.name, metric.unit
-    return Behaviour(
-        name, unit, tuple(range(count)), torch.ones(count), measured(bare), measured(full),
-        lambda: measured(logits()),
-    )  # fmt: skip
-
-
-def _next_token(reft: BoundModel, encoded: list[Encoded], sources: Any) -> Callable[[], Tensor]:
+def _next_token(reft: BoundModel, question: Question) -> Callable[[], Tensor]:
     """A function that runs the prompts and returns the logits after them, `(example, vocab)` float32."""
+    takes = accepted(reft.model)
     if not continues_texts(reft.model):
-        made = batches(reft, encoded, sources)
-        takes = accepted(reft.model)
-        return lambda: torch.cat([_at_the_end(reft, batch, takes) for batch in made])
-    # One token more, which nothing before it sees, so that what is predicted in its place is an answer.
-    end = getattr(reft.tokenizer, "eos_token_id", None)
-    further = end if isinstance(end, int) else encoded[0].input_ids[-1]
-    rows = [
-        replace(one, input_ids=(*one.input_ids, further), labels=(*[IGNORED_LABEL] * len(one), further))
-        for one in encoded
-    ]
-    runs = AnswerRuns(reft, batches(reft, rows, sources), accepted(reft.model))
+        return lambda: torch.cat([_at_the_end(reft, batch, takes) for batch in question.batches])
+    runs = AnswerRuns(reft, question.batches, takes)
 
     def logits() -> Tensor:
         kept: list[Tensor] = []

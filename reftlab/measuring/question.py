@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +63,7 @@ class Question:
 def question_of(
     reft: BoundModel,
     examples: Any,
-    metric: Metric | Callable[[Tensor], Tensor] | None = None,
+    metric: Any = None,
     *,
     chat: bool | None = None,
     system: str | None = None,

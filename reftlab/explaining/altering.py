@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,7 +17,8 @@ from reftlab.interventions import Intervention
 if TYPE_CHECKING:
     from reftlab.runtime import BoundModel
 
-__all__ = ["Change", "Written", "altered", "nothing", "only_along", "scaled", "without_directions"]
+__all__ = ["Change", "Written", "altered", "altered_at", "nothing", "only_along", "scaled"]
+__all__ += ["without_directions"]
 
 
 class Written(NamedTuple):
@@ -84,6 +87,31 @@ def altered(reft: BoundModel, changes: Mapping[str, Change]) -> Iterator[BoundMo
             made = _Altered(known[key], change).eval() if key in known else torch.nn.Identity()
             stack.enter_context(reft.replaced(key, made))
         yield reft
+
+
+@contextlib.contextmanager
+def altered_at(reft: BoundModel, changes: Mapping[str, Change]) -> Iterator[BoundModel]:
+    """As `altered`, by the keys of bound edits: sites that share an intervention change apart.
+
+    Args:
+        reft: the bound model.
+        changes: by `BoundEdit.key`, what to add in place of what the edit adds.
+    """
+    users = Counter(bound.module for bound in reft.edits)
+    own = {b.key: f"{b.key}(alone)" for b in reft.edits if b.key in changes and users[b.module] > 1}
+    module_of = {bound.key: own.get(bound.key, bound.module) for bound in reft.edits}
+    before = reft._bound_edits
+    try:
+        for bound in before:
+            if bound.key in own:
+                reft.interventions[own[bound.key]] = reft.interventions[bound.module]
+        reft._bound_edits = tuple(replace(bound, module=module_of[bound.key]) for bound in before)
+        with altered(reft, {module_of[key]: change for key, change in changes.items()}):
+            yield reft
+    finally:
+        reft._bound_edits = before
+        for name in own.values():
+            reft.interventions.pop(name)
 
 
 def nothing(written: Written) -> Float[Tensor, "n width"]:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reftlab.measuring.inputs import accepted
-from reftlab.measuring.intervals import Estimate, mean_of, share_kept
+from reftlab.measuring.intervals import Estimate, change_of, share_kept
 from reftlab.measuring.question import Question, metrics_of, question_of
 from reftlab.measuring.runs import AnswerRuns, answer_nats
 from reftlab.runtime.calls import continues_texts
@@ -54,7 +54,7 @@ class Behaviour:
 
     def change(self, values: Float[Tensor, " example"], seed: int = 0) -> Estimate:
         """Mean of `values` minus that of all edits, in `unit`, with its interval."""
-        return mean_of(values - self.full, self.weights, seed=seed)
+        return change_of(values - self.full, self.weights, self._measured, seed=seed)
 
     def share(self, values: Float[Tensor, " example"], seed: int = 0) -> Estimate:
         """Which share of the whole effect `values` keep: 1 as with all edits, 0 as with none."""
@@ -63,7 +63,11 @@ class Behaviour:
     @property
     def effect(self) -> Estimate:
         """Mean with all edits minus mean with none, in `unit`, with its interval."""
-        return mean_of(self.full - self.bare, self.weights)
+        return change_of(self.full - self.bare, self.weights, self._measured)
+
+    @property
+    def _measured(self) -> Float[Tensor, "2 example"]:
+        return torch.stack([self.bare, self.full])
 
     def __repr__(self) -> str:
         bare, full = self.mean(self.bare), self.mean(self.full)

@@ -12,7 +12,10 @@ from torch import Tensor
 
 from reftlab.errors import DataError
 
-__all__ = ["Estimate", "mean_of", "share_kept"]
+__all__ = ["ROUNDING", "Estimate", "change_of", "mean_of", "share_kept"]
+
+ROUNDING = 2.0**-18
+"""What float32 may change, relative to the values: some thirty roundings."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,28 @@ def mean_of(
     return _bootstrap(_mean, columns, draws, level, seed)
 
 
+def change_of(
+    values: Float[Tensor, " example"],
+    weights: Float[Tensor, " example"],
+    measured: Float[Tensor, "*runs example"],
+    *,
+    seed: int = 0,
+) -> Estimate:
+    """Weighted mean of differences between runs, with a bootstrap interval over the examples.
+
+    The interval is longer on both sides by what rounding alone may change: a part that nothing can see
+    changes every example by the same few last digits, and a bootstrap would take that for an effect.
+
+    Args:
+        values: `(example,)`, differences.
+        weights: `(example,)`.
+        measured: the runs' own values, which say how large rounding is.
+        seed: of the bootstrap.
+    """
+    found, room = mean_of(values, weights, seed=seed), ROUNDING * float(measured.abs().max())
+    return Estimate(found.value, found.low - room, found.high + room, found.level)
+
+
 def share_kept(
     values: Float[Tensor, " example"],
     bare: Float[Tensor, " example"],
@@ -100,7 +125,8 @@ def _mean(values: Any, weights: Any, axis: int = -1) -> Any:
 
 
 def _ratio(values: Any, whole: Any, weights: Any, axis: int = -1) -> Any:
-    return (values * weights).sum(axis) / (whole * weights).sum(axis)
+    # Plus 0, so that no share is minus 0.
+    return (values * weights).sum(axis) / (whole * weights).sum(axis) + 0.0
 
 
 def _columns(values: Tensor, weights: Tensor | None) -> tuple[np.ndarray, np.ndarray]:

@@ -52,7 +52,7 @@ def sweep_figure(maps: Sequence[HeatMap], title: str, scale: str) -> Figure:
     if not maps or not sum(len(values) for values in held):
         return message_figure(title, "there are no numbers to draw")
     most = max(float(np.abs(values).max()) for values in held if len(values)) or 1.0
-    across = min(len(maps), 3)
+    across = 2 if len(maps) == 4 else min(len(maps), 3)
     down = -(-len(maps) // across)
     size = [_size(panel) for panel in maps]
     width = min(19.0, max(4.6, across * max(w for w, _ in size) + 1.0))

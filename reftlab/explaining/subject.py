@@ -1,0 +1,109 @@
+"""What is explained: a bound model on examples, with what several answers need worked out once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from reftlab.explaining.geometry.directions import Directions, find_directions
+from reftlab.explaining.geometry.record import Recorded, record
+from reftlab.measuring import Behaviour, Question, checked_examples, measured_on, question_of
+from reftlab.measuring.inputs import accepted, batches
+from reftlab.runtime.calls import continues_texts
+from reftlab.runtime.modes import evaluating
+from reftlab.training.data import Example, encode
+
+if TYPE_CHECKING:
+    from reftlab.runtime import BoundModel
+    from reftlab.training.replies import PromptForm
+
+__all__ = ["Subject"]
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A bound model and examples, prepared when they are first needed.
+
+    Attributes:
+        who: the function that asks, for messages.
+        reft: the bound model, which has a tokenizer.
+        rows: the examples.
+        form: how prompts are written.
+        metric: what to measure, as for `reftlab.measuring.behaviour_of`.
+        sources: inputs of each source run for all examples.
+    """
+
+    who: str
+    reft: BoundModel
+    rows: tuple[Example, ...]
+    form: PromptForm
+    metric: Any
+    sources: Mapping[str, Mapping[str, Any]] | None
+
+    @classmethod
+    def of(
+        cls,
+        who: str,
+        reft: Any,
+        examples: Any,
+        metric: Any = None,
+        *,
+        chat: bool | None = None,
+        system: str | None = None,
+        sources: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> Subject:
+        """Check what a public function is given.
+
+        Raises:
+            DataError: no bound model, no tokenizer, or examples that cannot be used.
+        """
+        rows, form = checked_examples(who, reft, examples, chat, system, sources)
+        return cls(who, reft, tuple(rows), form, metric, sources)
+
+    @cached_property
+    def question(self) -> Question:
+        """What is asked of its runs."""
+        return question_of(self.reft, self.rows, self.metric, sources=self.sources, who=self.who, **self.form)
+
+    @cached_property
+    def behaviour(self) -> Behaviour:
+        """What is measured of its runs."""
+        return measured_on(self.reft, self.question)
+
+    @cached_property
+    def batches(self) -> list[dict[str, Any]]:
+        """The examples as the model takes them; without answers where a metric asks for the next token."""
+        answers = self.metric is None and continues_texts(self.reft.model)
+        kept = self.rows if answers else [replace(row, answer=None) for row in self.rows]
+        assert self.reft.tokenizer is not None
+        return batches(self.reft, encode(self.reft.tokenizer, kept, **self.form), self.sources)
+
+    @cached_property
+    def accepts(self) -> frozenset[str]:
+        """Which entries of a batch the bound model's forward takes."""
+        return accepted(self.reft.model)
+
+    @cached_property
+    def recorded(self) -> Recorded:
+        """What its edits are given and make, by the number of the example."""
+        with evaluating(self.reft), torch.no_grad():
+            return record(self.reft, self.batches, self.accepts)
+
+    @cached_property
+    def directions(self) -> dict[str, Directions]:
+        """The directions of each edit that was reached, by key."""
+        with evaluating(self.reft):
+            return {
+                bound.key: find_directions(
+                    self.reft.interventions[bound.module],
+                    bound.edit.strength,
+                    self.recorded.vectors[bound.key],
+                    bound.edit.subspace,
+                )
+                for bound in self.reft.edits
+                if bound.key in self.recorded.vectors
+            }

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from reftlab.errors import DataError
+from reftlab.errors import DataError, did_you_mean
+from reftlab.explaining.answers import NAMES, Plan, answers
 from reftlab.explaining.causes.removal import Removal, removals
 from reftlab.explaining.evidence.replies import ReplyTable, ask
 from reftlab.explaining.explanation import EditExplanation, Explanation
-from reftlab.explaining.geometry.directions import Directions, find_directions
-from reftlab.explaining.geometry.record import record
-from reftlab.explaining.geometry.tokens import Lens, token_effects
-from reftlab.explaining.geometry.vectors import EditVectors, common_axes, sizes_of
-from reftlab.measuring import behaviour_of
-from reftlab.measuring.inputs import accepted, batches
+from reftlab.explaining.geometry.record import Recorded
+from reftlab.explaining.geometry.tokens import token_effects
+from reftlab.explaining.geometry.vectors import common_axes, sizes_of
+from reftlab.explaining.section import QUESTIONS, Budget
+from reftlab.explaining.subject import Subject
 from reftlab.runtime import BoundModel
 from reftlab.runtime.calls import continues_texts
 from reftlab.runtime.modes import evaluating
-from reftlab.training.data import Encoded, Example, as_examples, encode
-from reftlab.training.replies import PromptForm, prompt_form
+from reftlab.training.data import as_examples
 
 if TYPE_CHECKING:
     from reftlab.runtime.places import BoundEdit
@@ -40,6 +37,11 @@ def explain(
     system: str | None = None,
     unseen: Any = None,
     sources: Mapping[str, Mapping[str, Any]] | None = None,
+    metric: Any = None,
+    labels: Any = None,
+    runs: int = 100,
+    budget: float | None = None,
+    only: str | Sequence[str] | None = None,
     top: int = 8,
     max_edits: int = 6,
     draws: int = 3,
@@ -58,6 +60,15 @@ def explain(
         unseen: further prompts to ask, such as ones the edits were not trained on.
         sources: inputs of each source run for all examples, as for `reft(...)`; not needed where the
             examples have their own.
+        metric: what to measure of the next token, such as `rl.logit_diff(" yes", " no")`; without it the
+            loss on the answers, or where there are none the divergence from the edited model.
+        labels: a class for each example, to probe for and to compare directions with.
+        runs: about how many runs of the model on all examples each section may take; more runs sample more.
+        budget: seconds; sections that are reached later are cut short or left out, and say so. None for no
+            limit.
+        only: names of the sections wanted, besides what is told of each edit; all unless given, none for
+            `[]`. They are `faithfulness`, `contexts`, `angles`, `probes`, `mediation`, `shapley`, `dose`,
+            `direct` and `composition`.
         top: how many promoted and suppressed tokens to keep for each direction.
         max_edits: for how many edits to measure the answer loss without each of their directions.
         draws: how many random directions to remove from each of those, as a control.
@@ -73,86 +84,88 @@ def explain(
 
     >>> rl.explain(reft, [("What is the sea like?", "🌊🐠🐚")]).save("report.html")  # doctest: +SKIP
     """
-    _check(reft, top=top, max_edits=max_edits, draws=draws, max_new_tokens=max_new_tokens)
-    rows = as_examples(examples)
+    _check(top=top, max_edits=max_edits, draws=draws, max_new_tokens=max_new_tokens, runs=runs)
+    subject = Subject.of("explain", reft, examples, metric, chat=chat, system=system, sources=sources)
     others = as_examples(unseen) if unseen is not None else []
-    if any(row.task is not None for row in (*rows, *others)):
+    if any(row.task is not None for row in others):
         raise DataError(
-            "explain looks at one set of edits; take one task's with reft.select(...), without tasks in the "
-            "examples"
+            "unseen has tasks; explain looks at one set of edits, so take one task's with reft.select(...)"
         )
-    if sources and rows[0].sources:
-        raise DataError("sources= says what the examples' own sources say already; leave one of them out")
-    assert reft.tokenizer is not None
-    form = prompt_form(reft, reft.tokenizer, chat, system)
-    # A model that does not continue texts would take an answer for a part of the prompt.
-    kept = rows if continues_texts(reft.model) else [replace(row, answer=None) for row in rows]
-    encoded = encode(reft.tokenizer, kept, **form)
-    subject = _Subject(reft, rows, encoded, accepted(reft.model), sources, form)
+    wanted, clock = _wanted(only), Budget(_seconds(budget))
     with evaluating(reft), torch.no_grad(), tqdm(disable=not progress, desc="explain") as bar:
 
         def tick(what: str) -> None:
             bar.set_postfix_str(what, refresh=False)
             bar.update()
 
-        recorded = record(reft, batches(reft, encoded, sources), subject.accepts)
+        recorded = subject.recorded
         tick("vectors")
         edits = tuple(
-            _explained(reft, bound, recorded.vectors[bound.key], recorded.lens, recorded.centres, top)
-            for bound in reft.edits
-            if bound.key in recorded.vectors
+            _explained(subject, bound, recorded, top) for bound in reft.edits if bound.key in recorded.vectors
         )
-        directions = {one.edit: one.directions for one in edits}
-        ranks = sorted((len(one) for one in directions.values()), reverse=True)[:max_edits]
-        bar.total = 2 + len(reft.edits) + sum(rank + draws * (rank > 1) for rank in ranks)
-        removal = _removal(subject, directions, max_edits=max_edits, draws=draws, seed=seed, tick=tick)
+        ranks = sorted(map(len, subject.directions.values()), reverse=True)[:max_edits]
+        sections = len(NAMES if wanted is None else wanted)
+        bar.total = 2 + sections + len(reft.edits) + sum(rank + draws * (rank > 1) for rank in ranks)
+        removal = _removal(subject, max_edits=max_edits, draws=draws, seed=seed, tick=tick)
         replies = ReplyTable((), 0, "no replies were asked for (max_new_tokens=0)")
         if max_new_tokens:
-            replies = ask(reft, rows, others, sources=sources, max_new_tokens=max_new_tokens, **form)
+            replies = ask(
+                reft, subject.rows, others, sources=sources, max_new_tokens=max_new_tokens, **subject.form
+            )
         tick("replies")
+        plan = Plan(runs, labels, seed, False, wanted, _first(edits, removal))
+        found = []
+        for section in answers(subject, plan, clock):
+            found.append(section)
+            tick(section.name)
         bar.total = bar.n
+    order = list(QUESTIONS)
+    found.sort(key=lambda section: order.index(section.question))
+    measured = subject.behaviour if removal.missing is None or metric is not None else None
     name = getattr(getattr(reft.model, "config", None), "_name_or_path", "") or type(reft.model).__name__
-    facts = dict(reft.facts)
     return Explanation(
-        str(name), reft.plan(), facts, tuple(rows), form["chat"], edits, removal, replies, seed
-    )
+        str(name), reft.plan(), dict(reft.facts), subject.rows, subject.form["chat"], edits, removal, replies,
+        seed, measured, tuple(found),
+    )  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
-class _Subject:
-    """What is explained: the bound model, and its examples as texts and as numbers."""
-
-    reft: BoundModel
-    rows: list[Example]
-    encoded: list[Encoded]
-    accepts: frozenset[str]
-    sources: Mapping[str, Mapping[str, Any]] | None
-    form: PromptForm
-
-
-def _check(reft: Any, **counts: Any) -> None:
-    if not isinstance(reft, BoundModel):
-        raise DataError(
-            f"explain takes a bound model, graph.bind(model, tokenizer), not {type(reft).__name__}"
-        )
-    if reft.tokenizer is None:
-        raise DataError("explain needs a tokenizer: bind with one, graph.bind(model, tokenizer)")
+def _check(**counts: Any) -> None:
     for name, value in counts.items():
-        low = 1 if name == "top" else 0
+        low = {"top": 1, "runs": 8}.get(name, 0)
         if type(value) is not int or value < low:
             raise DataError(f"{name}={value!r}: expected a whole number of {low} or more")
 
 
-def _explained(
-    reft: BoundModel,
-    bound: BoundEdit,
-    vectors: EditVectors,
-    lens: Lens,
-    centres: Mapping[str, Tensor],
-    top: int,
-) -> EditExplanation:
-    built, edit = reft.interventions[bound.module], bound.edit
-    directions = find_directions(built, edit.strength, vectors, edit.subspace)
+def _seconds(budget: Any) -> float | None:
+    if budget is None or (type(budget) in (int, float) and budget > 0):
+        return budget
+    raise DataError(f"budget={budget!r}: expected seconds above 0, or None for no limit")
+
+
+def _wanted(only: Any) -> frozenset[str] | None:
+    if only is None:
+        return None
+    names = [only] if isinstance(only, str) else list(only)
+    for name in names:
+        if name not in NAMES:
+            raise DataError(
+                f"only={name!r}: there is no such section; there is {list(NAMES)}.{did_you_mean(name, NAMES)}"
+            )
+    return frozenset(names)
+
+
+def _first(edits: tuple[EditExplanation, ...], removal: Removal) -> str | None:
+    """The edit that matters most: by the loss without it, or by its size."""
+    if not edits:
+        return None
+    costs = {one.edit: one.change for one in removal.removed if one.what == "edit"}
+    return max(edits, key=lambda one: costs.get(one.edit, one.sizes.median if not costs else 0.0)).edit
+
+
+def _explained(subject: Subject, bound: BoundEdit, recorded: Recorded, top: int) -> EditExplanation:
+    reft, edit, lens = subject.reft, bound.edit, recorded.lens
+    built, vectors = reft.interventions[bound.module], recorded.vectors[bound.key]
+    directions, centres = subject.directions[bound.key], recorded.centres
     caveat = ""
     if (bound.site.module, bound.site.side) not in lens.stream:
         caveat = f"{bound.site} is not the residual stream itself; its vectors are read as if added to it"
@@ -176,16 +189,12 @@ def _explained(
 
 
 def _removal(
-    subject: _Subject,
-    directions: Mapping[str, Directions],
-    *,
-    max_edits: int,
-    draws: int,
-    seed: int,
-    tick: Callable[[str], None],
+    subject: Subject, *, max_edits: int, draws: int, seed: int, tick: Callable[[str], None]
 ) -> Removal:
     reft, rows, sources = subject.reft, subject.rows, subject.sources
     answered = sum(row.answer is not None for row in rows)
+    if subject.metric is not None:
+        return Removal.unavailable("a metric= of the next token was measured in place of the loss on answers")
     if not continues_texts(reft.model):
         return Removal.unavailable(
             f"{type(reft.model).__name__} does not continue texts, so it gives no answers"
@@ -196,5 +205,6 @@ def _removal(
         return Removal.unavailable(
             "some examples have no answers, and the source inputs belong to all of them"
         )
-    behaviour = behaviour_of(reft, rows, sources=sources, **subject.form)
-    return removals(reft, behaviour, directions, max_edits=max_edits, draws=draws, seed=seed, tick=tick)
+    return removals(
+        reft, subject.behaviour, subject.directions, max_edits=max_edits, draws=draws, seed=seed, tick=tick
+    )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from reftlab.address import head_name
 from reftlab.errors import DataError
+from reftlab.explaining.geometry.angles import principal_angles
 from reftlab.graph import BASE, Read
 from reftlab.graph.nodes import replace_read
 from reftlab.interventions import Intervention
@@ -203,25 +204,6 @@ def _units(reft: BoundModel) -> list[_Unit]:
         if not by_task:
             units.append(_Unit(edit.name, edit.name, edit.subspace, bound))
     return units
-
-
-def principal_angles(a: Float[Tensor, "width r"], b: Float[Tensor, "width s"]) -> Float[Tensor, " k"]:
-    """Principal angles between two subspaces, ascending, in degrees.
-
-    Args:
-        a, b: orthonormal bases, a direction a column.
-
-    >>> principal_angles(torch.eye(3)[:, :2], torch.eye(3)[:, 1:]).tolist()
-    [0.0, 90.0]
-    """
-    small, large = sorted((a.double(), b.double()), key=lambda basis: basis.shape[1])
-    inside = large.T @ small
-    cosines = torch.linalg.svdvals(inside).clamp(-1, 1)
-    # Small angles from their sines, which the cosine is too flat to tell.
-    rest = small - large @ inside
-    sines = torch.linalg.svdvals(rest).clamp(0, 1).flip(0)[: len(cosines)]
-    angles = torch.where(cosines**2 > 0.5, torch.arcsin(sines), torch.arccos(cosines))
-    return torch.rad2deg(angles).float()
 
 
 def write_basis(built: Any) -> Float[Tensor, "width r"] | None:

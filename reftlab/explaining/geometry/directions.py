@@ -65,6 +65,8 @@ class Directions:
         explained: share of the squared length of all written vectors that lies along these
             directions, 0 to 1.
         rank: number of singular values above 1e-5 of the largest; None where it was not counted.
+        spectrum: all of these singular values, also those past the directions kept, `(rank,)`,
+            descending; None where they were not found.
     """
 
     edit: str
@@ -76,6 +78,7 @@ class Directions:
     amounts: Float[Tensor, "vector direction"]
     explained: float
     rank: int | None
+    spectrum: Float[Tensor, " rank"] | None = None
 
     @property
     def mean(self) -> Float[Tensor, " direction"]:
@@ -297,7 +300,7 @@ def _principal(delta: Float[Tensor, "vector width"]) -> Float[Tensor, "k width"]
 
 def _finished(vectors: EditVectors, basis: Basis, svd: Svd, rest: Tensor | None) -> Directions:
     """Add the constant direction, measure the amounts, and turn each direction."""
-    delta, rank = vectors.delta, None if basis == "written" else len(svd.values)
+    delta, spectrum = vectors.delta, None if basis == "written" else svd.values
     write, gain, read = svd.write[:_MOST], svd.values[:_MOST], svd.read[:_MOST]
     labels = [str(number) for number in range(1, len(write) + 1)]
     typical = (_energy(delta) / max(1, len(delta))) ** 0.5
@@ -309,7 +312,10 @@ def _finished(vectors: EditVectors, basis: Basis, svd: Svd, rest: Tensor | None)
     sign = torch.where(amounts.mean(0) < 0, -1.0, 1.0)
     write, read, amounts = write * sign[:, None], read * sign[:, None], amounts * sign
     explained = min(1.0, _energy(amounts) / max(_energy(delta), 1e-30))
-    return Directions(vectors.edit, basis, tuple(labels), write, read, gain, amounts, explained, rank)
+    rank = None if spectrum is None else len(spectrum)
+    return Directions(
+        vectors.edit, basis, tuple(labels), write, read, gain, amounts, explained, rank, spectrum
+    )
 
 
 def _energy(vectors: Tensor) -> float:

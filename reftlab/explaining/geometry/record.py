@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from reftlab.runtime import BoundModel
     from reftlab.runtime.places import BoundEdit
 
-__all__ = ["Recorded", "record"]
+__all__ = ["Recorded", "Recording", "record"]
 
 
-class _Recording:
+class Recording:
     """What every edit was given and made, over several calls; `see` is a `runtime.editing.Observer`."""
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ def record(
     """
     lens = Lens(reft.model)
     stream: dict[tuple[int, int], Tensor] = {}
-    recording = _Recording()
+    recording = Recording()
     with reft.watching(recording.see):
         for batch in batches:
             inputs: dict[str, Any] = {k: v for k, v in batch.items() if k in accepts}

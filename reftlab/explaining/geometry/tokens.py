@@ -8,7 +8,7 @@ import functools
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from reftlab.explaining.geometry.directions import Directions
+    from reftlab.explaining.geometry.lens import DataLens
 
 __all__ = ["Lens", "TokenEffect", "TokenEffects", "readable_token", "token_effects"]
 
@@ -67,6 +68,9 @@ class TokenEffects:
         suppressed: the tokens it lowers most, strongest first.
         missing: why there are none, or None.
         caveat: what to keep in mind about these, or an empty text.
+        lens: by which lens, `logit lens` or `data lens`.
+        data: the same by a lens fitted to data, where one was given: with A u in place of u, what later
+            blocks make of the direction counts too, as far as it is linear; see `DataLens`.
     """
 
     edit: str
@@ -75,18 +79,21 @@ class TokenEffects:
     suppressed: tuple[tuple[TokenEffect, ...], ...]
     missing: str | None = None
     caveat: str = ""
+    lens: str = "logit lens"
+    data: TokenEffects | None = None
 
     def to_frame(self) -> pd.DataFrame:
-        """One line a token: edit, direction, effect (`promoted`, `suppressed`), place, id, token, change."""
+        """One line a token: edit, direction, effect (`promoted` or not), place, id, token, change, lens."""
         import pandas as pd
 
         lines = [
-            (self.edit, label, effect, place, token.id, token.text, token.change)
-            for effect, found in (("promoted", self.promoted), ("suppressed", self.suppressed))
-            for label, tokens in zip(self.labels, found, strict=True)
+            (found_by.edit, label, effect, place, token.id, token.text, token.change, found_by.lens)
+            for found_by in ((self,) if self.data is None else (self, self.data))
+            for effect, found in (("promoted", found_by.promoted), ("suppressed", found_by.suppressed))
+            for label, tokens in zip(found_by.labels, found, strict=True)
             for place, token in enumerate(tokens, 1)
         ]
-        columns = ["edit", "direction", "effect", "place", "id", "token", "change"]
+        columns = ["edit", "direction", "effect", "place", "id", "token", "change", "lens"]
         return pd.DataFrame(lines, columns=columns)
 
     def plot(self) -> Figure:
@@ -94,11 +101,18 @@ class TokenEffects:
 
         if self.missing is not None:
             return message_figure(f"Tokens of {self.edit}", self.missing)
-        pairs = [
+        if self.data is not None and self.data.missing is None:
+            from reftlab.plotting.lens import two_lenses_figure
+
+            return two_lenses_figure(self.edit, self.labels, self._pairs(), self.data._pairs())
+        return tokens_figure(self.edit, self.labels, self._pairs())
+
+    def _pairs(self) -> list[tuple[list[tuple[str, float]], list[tuple[str, float]]]]:
+        """Texts and changes of the promoted and the suppressed tokens of each direction."""
+        return [
             ([(t.text, t.change) for t in up], [(t.text, t.change) for t in down])
             for up, down in zip(self.promoted, self.suppressed, strict=True)
         ]
-        return tokens_figure(self.edit, self.labels, pairs)
 
     def _repr_html_(self) -> str:
         import html
@@ -185,6 +199,7 @@ def token_effects(
     *,
     top: int = 8,
     caveat: str = "",
+    data_lens: DataLens | None = None,
 ) -> TokenEffects:
     """Find the tokens that each write direction promotes and suppresses; see `TokenEffects`.
 
@@ -195,19 +210,43 @@ def token_effects(
         centre: h̄, `(width,)`; None where the edited tokens have none.
         top: how many tokens of each kind.
         caveat: kept with the result.
+        data_lens: a lens fitted at the edit's site; with it the result has both lists.
     """
     width = directions.write.shape[1]
     missing = lens.missing
+    if missing is None and centre is None:
+        missing = "the edited tokens do not reach the final norm in the base run"
+    step = directions.write * directions.rms[:, None]
+    other: TokenEffects | None = None
+    if data_lens is not None:
+        why = missing or data_lens.missing
+        if why is not None or centre is None:
+            other = TokenEffects(directions.edit, (), (), (), why, lens="data lens")
+        else:
+            carried = data_lens.carried(step)
+            other = _effects(lens, tokenizer, directions, centre, carried, top, data_lens.caveat, "data lens")
     if missing is None and width != lens.width:
         missing = (
             f"this edit writes vectors of {width} features and the residual stream has {lens.width}, so "
             "its directions cannot be read as tokens"
         )
-    if missing is None and centre is None:
-        missing = "the edited tokens do not reach the final norm in the base run"
     if missing is not None or centre is None:
-        return TokenEffects(directions.edit, (), (), (), missing)
-    step = directions.write * directions.rms[:, None]
+        return TokenEffects(directions.edit, (), (), (), missing, data=other)
+    found = _effects(lens, tokenizer, directions, centre, step, top, caveat, "logit lens")
+    return replace(found, data=other)
+
+
+def _effects(
+    lens: Lens,
+    tokenizer: Any,
+    directions: Directions,
+    centre: Float[Tensor, " width"],
+    step: Float[Tensor, "direction width"],
+    top: int,
+    caveat: str,
+    name: str,
+) -> TokenEffects:
+    """The tokens that steps of what enters the final norm promote and suppress."""
     # One call for all: rows h̄ + s u, then rows h̄ − s u.
     plus, minus = lens.logits(torch.cat([centre + step, centre - step])).chunk(2)
     change = (plus - minus) / 2
@@ -220,6 +259,7 @@ def token_effects(
         tuple(_strongest(row, top, tokenizer, lowest=True) for row in change),
         None,
         caveat,
+        name,
     )
 
 

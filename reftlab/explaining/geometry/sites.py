@@ -1,0 +1,269 @@
+"""What stands at each edit's site at every token, edited or not: one pass over the examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from reftlab.errors import DataError
+from reftlab.explaining.geometry.record import Recording
+from reftlab.explaining.geometry.vectors import EditVectors
+from reftlab.graph import BASE, Edit, InterventionGraph, Phase
+from reftlab.interventions import Scale
+from reftlab.measuring.inputs import accepted, batches
+from reftlab.runtime import BoundModel
+from reftlab.runtime.calls import continues_texts
+from reftlab.training.data import Encoded, Example, as_examples, encode
+from reftlab.training.replies import prompt_form
+
+if TYPE_CHECKING:
+    from reftlab.runtime.places import BoundEdit
+
+__all__ = ["Prepared", "Seen", "SiteTokens", "left_out", "massive_of", "see_sites"]
+
+_MASSIVE = 10.0
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Examples as the batches that a bound model takes.
+
+    Attributes:
+        rows: the examples.
+        batches: their tokens, prompts and answers.
+        accepts: which entries of a batch the bound model's forward takes.
+    """
+
+    rows: tuple[Example, ...]
+    batches: list[dict[str, Any]]
+    accepts: frozenset[str]
+
+    @classmethod
+    def of(
+        cls,
+        who: str,
+        reft: Any,
+        examples: Any,
+        *,
+        chat: bool | None = None,
+        system: str | None = None,
+        sources: Mapping[str, Mapping[str, Any]] | None = None,
+        bare: bool = False,
+    ) -> Prepared:
+        """Read and encode examples.
+
+        Args:
+            who: the function that asks, for messages.
+            reft: a bound model with its tokenizer.
+            examples: anything that `rl.train` takes.
+            chat, system: as for `rl.reply`.
+            sources: inputs of each source run for all examples.
+            bare: leave out what the examples say of edits.
+
+        Raises:
+            DataError: they cannot be used.
+        """
+        if not isinstance(reft, BoundModel):
+            raise DataError(
+                f"{who} takes a bound model, graph.bind(model, tokenizer), not {type(reft).__name__}"
+            )
+        if reft.tokenizer is None:
+            raise DataError(f"{who} needs a tokenizer: bind with one, graph.bind(model, tokenizer)")
+        rows = as_examples(examples)
+        if not bare and any(row.task is not None for row in rows):
+            raise DataError(
+                f"{who} looks at one set of edits; take one task's with reft.select(...), without tasks in "
+                "the examples"
+            )
+        if sources and rows[0].sources:
+            raise DataError("sources= says what the examples' own sources say already; leave one of them out")
+        # A model that does not continue texts would take an answer for a part of the prompt.
+        kept = rows if continues_texts(reft.model) else [replace(row, answer=None) for row in rows]
+        encoded = encode(reft.tokenizer, kept, **prompt_form(reft, reft.tokenizer, chat, system))
+        if bare:
+            encoded = [Encoded(one.input_ids, one.labels) for one in encoded]
+        return cls(tuple(rows), batches(reft, encoded, sources), accepted(reft.model))
+
+
+@dataclass(frozen=True, eq=False)
+class SiteTokens:
+    """The vectors that reach an edit's site, at every token of the examples.
+
+    Those before any edit *of this site*; edits of earlier sites are in force.
+
+    Attributes:
+        edit: key of the edit.
+        vectors: `(token, width)` float32.
+        rows: `(token,)`, the example of each, from 0.
+        positions: `(token,)`, the token's number in its example, from 0.
+        ids: `(token,)`, its id.
+        edited: `(token,)`, whether the edit acts on it.
+    """
+
+    edit: str
+    vectors: Float[Tensor, "token width"]
+    rows: Int[Tensor, " token"]
+    positions: Int[Tensor, " token"]
+    ids: Int[Tensor, " token"]
+    edited: Bool[Tensor, " token"]
+
+    @property
+    def massive(self) -> Bool[Tensor, " token"]:
+        """See `massive_of`."""
+        return massive_of(self.vectors)
+
+    @property
+    def usual(self) -> Float[Tensor, "token width"]:
+        """The vectors without the massive ones."""
+        return self.vectors[~self.massive]
+
+    @property
+    def note(self) -> str:
+        """What `usual` leaves out, in words, or an empty text."""
+        return left_out(self.massive, self.positions)
+
+
+def massive_of(vectors: Float[Tensor, "token width"]) -> Bool[Tensor, " token"]:
+    """Vectors that are over ten times as long as the median one.
+
+    Many models give a few tokens, mostly the first of a text, vectors hundreds of times as long as all
+    others, which serve as a place to attend to. They are alike in all texts, and would be nearly all of
+    the variance. Sun et al., "Massive Activations in Large Language Models" (2024, arXiv:2402.17762).
+    """
+    lengths = vectors.float().norm(dim=1)
+    return lengths > _MASSIVE * lengths.median()
+
+
+def left_out(massive: Bool[Tensor, " token"], positions: Int[Tensor, " token"]) -> str:
+    """What leaving massive vectors out left out, in words, or an empty text."""
+    count, first = int(massive.sum()), int((massive & (positions == 0)).sum())
+    if not count:
+        return ""
+    return (
+        f"{count} tokens whose vectors are over {_MASSIVE:g} times as long as the median were left out, "
+        f"{first} of them the first of their text"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What one pass gave.
+
+    Attributes:
+        tokens: by edit, what reaches its site.
+        vectors: by edit, what it was given and made.
+        missing: by edit, why there is nothing.
+    """
+
+    tokens: dict[str, SiteTokens]
+    vectors: dict[str, EditVectors]
+    missing: dict[str, str]
+
+
+def see_sites(
+    reft: BoundModel,
+    batches: Sequence[Mapping[str, Any]],
+    accepts: frozenset[str],
+    keys: Sequence[str] | None = None,
+    tick: Callable[[], Any] = lambda: None,
+) -> Seen:
+    """Run every batch once and keep what reaches the sites of edits, at every token.
+
+    Args:
+        reft: the bound model.
+        batches: the examples.
+        accepts: which entries of a batch the bound model's forward takes.
+        keys: of the edits; all unless given.
+        tick: called after each batch.
+    """
+    chosen = [bound for bound in reft.edits if keys is None or bound.key in keys]
+    missing = {bound.key: why for bound in chosen if (why := _unseen(bound))}
+    watched = [bound for bound in chosen if bound.key not in missing]
+    if not watched:
+        return Seen({}, {}, missing)
+    places, watcher = _watcher(reft, watched)
+    recording = Recording()
+    ids: list[Tensor] = []
+    with watcher.watching(recording.see):
+        for batch in batches:
+            watcher(**{name: value for name, value in batch.items() if name in accepts})
+            mask = batch["attention_mask"].bool().cpu()
+            if "attention_mask" not in accepts:
+                # A model that is told of no padding takes it for tokens.
+                mask = torch.ones_like(mask)
+            ids += [row[real] for row, real in zip(batch["input_ids"].cpu(), mask, strict=True)]
+            recording.first_row += len(mask)
+            tick()
+    tokens, vectors = {}, {}
+    lookers = {bound.key: bound for bound in watcher.edits}
+    for bound in watched:
+        seen, own = recording.vectors(lookers[places[bound.key]]), recording.vectors(bound)
+        if seen is None or own is None:
+            missing[bound.key] = "the edit acts on no token of these examples"
+        elif seen.base.shape[1] != own.base.shape[1]:
+            missing[bound.key] = (
+                f"the edit takes {own.base.shape[1] // seen.base.shape[1]} tokens together, so it reads no "
+                "single one"
+            )
+        else:
+            vectors[bound.key] = own
+            tokens[bound.key] = _site_tokens(bound.key, seen, own, ids)
+    return Seen(tokens, vectors, missing)
+
+
+def _unseen(bound: BoundEdit) -> str:
+    """Why nothing can be seen at an edit's site, or an empty text."""
+    if bound.edit.run != BASE:
+        return f"the edit acts in the source run {bound.edit.run!r}, not on the examples' own tokens"
+    if bound.site.part and bound.site.label:
+        return f"{bound.site} is a part of several places, which has no path of its own"
+    if bound.place.stream != "tokens":
+        return f"{bound.site} has no vector for each token of the text"
+    return "" if bound.width else f"{bound.site} has vectors of many widths"
+
+
+def _watcher(reft: BoundModel, watched: Sequence[BoundEdit]) -> tuple[dict[str, str], BoundModel]:
+    """The bound model with an edit at each watched site that changes nothing and sees every token."""
+    phase: Phase = "both" if continues_texts(reft.model) else "prompt"
+    taken = {edit.name for edit in reft.graph.edits} | {node.name for node in reft.graph.reads}
+    prefix = "seen"
+    while any(str(name).startswith(prefix) for name in taken):
+        prefix += "_"
+    places, edits, known = {}, [], dict[Any, str]()
+    for bound in watched:
+        edit, site = bound.edit, bound.site
+        here = (str(site), site.part, str(edit.view))
+        if here not in known:
+            known[here] = f"{prefix}{len(known)}"
+            edits.append(
+                Edit(
+                    known[here], at=str(site) if site.label else edit.at, positions="all",
+                    intervention=Scale(1.0), phase=phase, heads=edit.heads, features=edit.features,
+                )
+            )  # fmt: skip
+        places[bound.key] = known[here]
+    lookers = InterventionGraph(*edits).bind(reft.model, reft.tokenizer, example=reft._example)
+    # The left one's edits act first at a shared site.
+    both = lookers + reft
+    both.facts = dict(reft.facts)
+    return places, both
+
+
+def _site_tokens(key: str, seen: EditVectors, own: EditVectors, ids: Sequence[Tensor]) -> SiteTokens:
+    order = sorted(range(len(seen.rows)), key=lambda n: (int(seen.rows[n]), int(seen.positions[n])))
+    rows, positions = seen.rows[order], seen.positions[order]
+    acted = set(zip(own.rows.tolist(), own.positions.tolist(), strict=True))
+    pairs = list(zip(rows.tolist(), positions.tolist(), strict=True))
+    return SiteTokens(
+        key,
+        seen.base[order],
+        rows,
+        positions,
+        torch.tensor([int(ids[row][number]) for row, number in pairs]),
+        torch.tensor([pair in acted for pair in pairs]),
+    )

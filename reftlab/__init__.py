@@ -54,7 +54,18 @@ _HOMES = {
     ),
     "reftlab.models": ("load_model",),
     "reftlab.experiment": ("Experiment",),
-    "reftlab.explaining": ("Explanation", "Interference", "explain", "interference"),
+    "reftlab.probing": (
+        "Amnesic", "DescriptionLength", "FittedProbe", "Inlp", "MeanDifference", "ProbeChange", "ProbeMap",
+        "amnesic", "class_directions", "control_labels", "description_length", "inlp", "linear_parts",
+        "probe", "probe_change",
+    ),
+    "reftlab.explaining": (
+        "Composition", "Contexts", "DataLens", "DirectEffects", "DoseResponse", "EditAngles", "Explanation",
+        "Faithfulness", "InterchangeAccuracy", "Interference", "LeaveOneOut", "Mediation", "ShapleyValues",
+        "SubspaceAngles", "composition", "direct_effect", "dose_response", "driving_contexts", "edit_angles",
+        "explain", "faithfulness", "fit_lens", "interchange_accuracy", "interference", "leave_one_out",
+        "mediate", "shapley", "subspace_angles",
+    ),
 }  # fmt: skip
 
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -15,6 +15,7 @@ import reftlab as rl
 from tests.compat.tiny import tiny_llama
 
 README = Path(__file__).parent.parent / "README.md"
+THINGS = ["sea", "dog", "cake", "city", "song", "book", "game", "hill"]
 SAVED_BY_PYREFT = Path(__file__).parent / "compat" / "data" / "LoreftIntervention"
 
 
@@ -46,6 +47,15 @@ def test_the_programs_run_one_after_the_other(tmp_path: Path, monkeypatch: Any) 
     cone, patching = blocks("python")[3:5]
     exec(cone, names | {"reft": emoji, "examples": [("What is the sea like?", "🌊🐠🐚")]})
     check_patching(names["model"], patching, {"rl": rl, "model": names["model"], "tokenizer": tokenizer})
+    check_probing(blocks("python")[5], {"rl": rl, "model": names["model"], "tokenizer": tokenizer})
+
+
+def check_probing(program: str, names: dict[str, Any]) -> None:
+    names["texts"] = [f"I {verb} the {thing}" for verb in ("love", "hate") for thing in THINGS]
+    names["labels"] = ["good"] * len(THINGS) + ["bad"] * len(THINGS)
+    exec(program, names)
+    assert names["found"].significant(0.05).any()
+    assert names["steer"].vector.shape == (576,)
 
 
 def check_patching(model: Any, program: str, names: dict[str, Any]) -> None:
@@ -87,7 +97,7 @@ def test_what_pyreft_saved_loads(monkeypatch: Any, tmp_path: Path) -> None:
 
 
 def test_every_program_is_run_here() -> None:
-    assert len(blocks("python")) == 6
+    assert len(blocks("python")) == 7
 
 
 def test_the_configuration_is_a_configuration(tmp_path: Path) -> None:

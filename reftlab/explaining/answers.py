@@ -75,7 +75,7 @@ def _faithfulness(subject: Subject, plan: Plan, empty: Section, seconds: float |
     claims = 12
     found = faithful(
         subject.reft, subject.behaviour, subject.recorded, draws=max(2, plan.runs // claims - 1),
-        max_edits=0 if len(subject.reft.edits) > 2 else 2, budget=seconds, progress=plan.progress,
+        max_edits=2, budget=seconds, progress=plan.progress,
         seed=plan.seed,
     )  # fmt: skip
     if found.missing:

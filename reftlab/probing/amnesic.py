@@ -168,7 +168,7 @@ def amnesic(
             found, before = [], judge.score(vectors, parts, None)
             for method in chosen:
                 fitted = partial(_fitted, method, parts=parts, folds=folds, draws=draws, seed=seed)
-                split = fitted(vectors)
+                split = fitted(vectors) if examples is None else fitted(vectors, draws=0)
                 used = split if examples is None else fitted(vectors, whole=True)
                 without = None if bare is None else fitted(bare, whole=examples is not None)
                 after = judge.score(vectors, parts, [one.real for one in split])

@@ -72,9 +72,21 @@ class Cell:
         return n * width * 8 * _COPIES
 
     @property
+    def to_end(self) -> bool:
+        """Whether the last chosen token of each example is known to be its last."""
+        return self.read is not None and bool(re.fullmatch(r"all|last(\(\d+\))?", str(self.read.positions)))
+
+    @property
     def examples(self) -> Int[np.ndarray, " n"]:
         """The example of each vector."""
         return np.asarray(self.values.examples.numpy())
+
+    @property
+    def rounding(self) -> float:
+        """Up to which spread, as a share of their length, vectors of the stored dtype may be the same."""
+        dtype = self.values.vectors.dtype
+        # Single precision is what a pass is computed in, and half precision how its values are kept.
+        return torch.finfo(dtype).eps * (64 if dtype.itemsize > 2 else 1)
 
     def take(
         self, rows: Any = slice(None), dtype: torch.dtype = torch.float32

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from reftlab.address import parse_path, resolve
-from reftlab.errors import DataError
+from reftlab.errors import AddressError, DataError
 from reftlab.probing.cells import Cells, cells_of_model
 from reftlab.probing.change_result import ProbeChange
 from reftlab.probing.checks import as_groups, whole_number
@@ -140,22 +140,23 @@ def _parsed(name: Any, labels: Any, kind: str, examples: int) -> Labels:
 def _default_sites(reft: BoundModel) -> list[str]:
     """Each edit's own site, and the output of each block from the first that is edited on."""
     stack = BlockStack.of(reft.model)
-    own = list(dict.fromkeys(str(edit.site) for edit in reft.edits))
+    # In the words of the edit, where these name one place.
+    own = {str(e.site): str(e.edit.at if e.key == e.edit.name else e.site) for e in reft.edits}
     if stack is None:
-        return own
+        return list(own.values())
     numbers = [stack.block_of(edit.site.module) for edit in reft.edits]
     # What is edited outside the blocks comes before them all, or behind them, where no block hears of it.
     before = {edit.site.module in stack.before for edit in reft.edits}
     inside = [number for number in numbers if number is not None]
     first = 0 if True in before else min(inside, default=len(stack))
     if first == len(stack):
-        return own
+        return list(own.values())
     blocks = [f"blocks[{number}].output" for number in range(first, len(stack))]
     try:
         names = {str(site) for path in blocks for site in resolve(parse_path(path), reft.model)}
-    except ValueError:
-        return own
-    return [*(site for site in own if site not in names), *blocks]
+    except AddressError:
+        return list(own.values())
+    return [*(path for site, path in own.items() if site not in names), *blocks]
 
 
 @dataclass(frozen=True, eq=False)

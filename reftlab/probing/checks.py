@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,11 @@ from jaxtyping import Float, Int
 
 from reftlab.errors import DataError
 
-__all__ = ["as_classes", "as_groups", "as_numpy", "as_vectors", "whole_number"]
+__all__ = ["as_classes", "as_groups", "as_numpy", "as_vectors", "is_missing", "is_unordered", "seed_number"]
+__all__ += ["whole_number"]
+
+_LARGEST_SEED = 2**31 - 1
+"""Of what numpy's older generators take, with room for those that are derived from it."""
 
 
 def as_numpy(value: Any) -> np.ndarray:
@@ -63,22 +68,34 @@ def as_classes(y: Any, n: int) -> tuple[list[Any], Int[np.ndarray, " n"]]:
     return classes.tolist(), numbers.astype(np.int64)
 
 
-def as_groups(groups: Sequence[Hashable] | Any | None, n: int) -> Int[np.ndarray, " n"]:
+def as_groups(
+    groups: Sequence[Hashable] | Any | None, n: int, argument: str = "groups"
+) -> Int[np.ndarray, " n"]:
     """Groups as numbers from 0 in the order in which they first come; each example its own for None.
 
+    Args:
+        groups: names, numbers or tuples of these.
+        n: of how many vectors or examples.
+        argument: what they are called in messages.
+
     Raises:
-        DataError: not one group for each of `n` vectors.
+        DataError: not one group for each of `n` vectors, or one that is missing.
     """
     if groups is None:
         return np.arange(n)
+    if is_unordered(groups):
+        raise DataError(f"{argument}: a {type(groups).__name__} has no order of examples; give a list")
     named = as_numpy(groups).tolist() if hasattr(groups, "shape") else list(groups)
     if len(named) != n:
-        raise DataError(f"groups has {len(named)} entries; {n} vectors need one each")
+        raise DataError(f"{argument} has {len(named)} entries; {n} vectors need one each")
+    missing = next((number for number, name in enumerate(named) if is_missing(name)), None)
+    if missing is not None:
+        raise DataError(f"{argument}: entry {missing} is {named[missing]!r}; give every example one")
     numbers: dict[Any, int] = {}
     try:
         return np.array([numbers.setdefault(name, len(numbers)) for name in named], dtype=np.int64)
     except TypeError as error:
-        raise DataError(f"groups: {error}; expected names or numbers") from error
+        raise DataError(f"{argument}: {error}; expected names or numbers") from error
 
 
 def whole_number(value: Any, name: str, least: int) -> int:
@@ -90,3 +107,29 @@ def whole_number(value: Any, name: str, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise DataError(f"{name}={value!r}: expected a whole number of {least} or more")
     return int(value)
+
+
+def seed_number(value: Any) -> int:
+    """A seed that every generator takes.
+
+    Raises:
+        DataError: it is not one.
+    """
+    seed = whole_number(value, "seed", 0)
+    if seed > _LARGEST_SEED:
+        raise DataError(f"seed={value!r}: expected a whole number from 0 to {_LARGEST_SEED}")
+    return seed
+
+
+def is_missing(value: Any) -> bool:
+    """Whether an entry is None, NaN or what pandas has in their place."""
+    return (
+        value is None
+        or (isinstance(value, float) and value != value)
+        or type(value).__name__ in ("NAType", "NaTType")
+    )
+
+
+def is_unordered(values: Any) -> bool:
+    """Whether entries cannot be counted off against examples: a mapping or a set."""
+    return isinstance(values, Mapping | AbstractSet)

@@ -25,7 +25,10 @@ STREAMED_SHUFFLES = 199
 
 @dataclass(frozen=True, eq=False)
 class Settings:
-    """What `probe` was told, checked; see there. `groups` has a number for each example."""
+    """What `probe` was told, checked; see there.
+
+    `groups` has a number for each example; `copies` is how many examples are copies of others in other groups.
+    """
 
     probe: Probe
     folds: int
@@ -39,6 +42,7 @@ class Settings:
     memory: int
     seed: int
     progress: bool
+    copies: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +82,7 @@ def column_of(number: int, cell: Cell, cells: Cells, labels: Labels, settings: S
     Raises:
         DataError: labels that do not fit, or classes that cannot be split.
     """
-    y = labels.of_vectors(cell.values, cell.name)
+    y = labels.of_vectors(cell.values, cell.name, cell.to_end)
     if labels.kind == "classification" and len(np.unique(y)) < len(labels.classes):
         missing = labels.classes[int(np.setdiff1d(np.arange(len(labels.classes)), y)[0])]
         raise DataError(f"{cell.name}: no vector has the label {missing!r}")

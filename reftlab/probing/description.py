@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["FRACTIONS", "CodeBlock", "DescriptionLength", "description_length"]
+__all__ = ["FRACTIONS", "CodeBlock", "DescriptionLength", "description_length", "require_code"]
 
 FRACTIONS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0)
 """Where the paper's blocks end, as shares of the examples."""
@@ -168,7 +168,7 @@ def description_length(
     """
     vectors = as_vectors(X)
     targets, classes = _targets(y, len(vectors))
-    _require_probabilities(estimator)
+    require_code(estimator)
     numbers = as_groups(groups, len(vectors))
     order, ends = _blocks(numbers, classes, fractions, whole_number(seed, "seed", 0))
     found: list[CodeBlock] = [_uniform_block(ends[0], classes, targets.shape[1])]
@@ -210,7 +210,15 @@ def _targets(y: Any, n: int) -> tuple[Int[np.ndarray, "n k"], int]:
     return numbers[:, None], len(classes)
 
 
-def _require_probabilities(estimator: Any) -> None:
+def require_code(estimator: Any) -> None:
+    """Refuse what gives no probabilities.
+
+    Args:
+        estimator: of the code.
+
+    Raises:
+        DataError: it is no classifier, or has no `predict_proba`.
+    """
     if not hasattr(estimator, "fit"):
         raise DataError(f"estimator={estimator!r}: expected a scikit-learn classifier")
     if not hasattr(estimator, "predict_proba"):

@@ -63,6 +63,7 @@ class Probe:
         elif self.name == "mean_difference":
             built = MeanDifference()
         elif self.name == "lda":
+            classes = 2 if self.kind == "multilabel" else classes
             # Equal priors, as balanced class weights are for logistic regression.
             built = LinearDiscriminantAnalysis(
                 solver="lsqr", shrinkage="auto", priors=np.full(classes, 1 / classes)
@@ -205,7 +206,9 @@ def _fitted(probe: Probe, vectors: np.ndarray, y: np.ndarray, inner: Any) -> Any
         held = np.unique(y)
         if len(held) == 1:
             return held[0]
-        return probe.build(inner, len(held)).fit(vectors, y)
+        # Inner splits are made for the true labels; control labels may leave one class alone in a part.
+        usable = all(len(np.unique(y[train])) > 1 for train, _ in inner)
+        return probe.build(inner if usable else (), len(held)).fit(vectors, y)
     if probe.kind == "regression":
         return probe.build(inner).fit(vectors, y)
     columns = [

@@ -52,7 +52,8 @@ class FittedProbe:
 
         `(width,)` for two classes, towards the second, and for numbers; else a row for each class or label.
         The weights are pulled back through the scaler, so that this is the gradient with respect to the
-        site's own vectors, not to the scaled ones.
+        site's own vectors, not to the scaled ones. For more than two classes a row is towards its class and
+        away from the mean of all, since what all rows share decides between no classes.
 
         Raises:
             DataError: the estimator is not linear.
@@ -62,6 +63,8 @@ class FittedProbe:
         except GraphError as error:
             raise DataError(f"{self.name}: only a linear probe has a direction; {error}") from error
         weights = np.concatenate(rows)
+        if self.kind == "classification" and len(weights) > 1:
+            weights = weights - weights.mean(0)
         length = np.linalg.norm(weights, axis=1, keepdims=True)
         if not (length > 0).all():
             raise DataError(f"{self.name}: the probe's weights are all 0, so it has no direction")

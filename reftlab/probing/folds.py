@@ -17,6 +17,9 @@ __all__ = ["Split", "Splits", "constant_in_groups", "fold_numbers", "grouped_spl
 
 _INNER = 3
 
+_MANY = 10
+_NUMBERS = "; if labels are amounts, say kind='regression'"
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
@@ -98,6 +101,10 @@ def constant_in_groups(y: np.ndarray, groups: np.ndarray) -> bool:
     return bool((y == y[first][own]).all())
 
 
+def _are_numbers(classes: Sequence[Any]) -> bool:
+    return all(isinstance(one, int) and not isinstance(one, bool) for one in classes)
+
+
 def _groups_with(y: np.ndarray, groups: np.ndarray, number: int) -> int:
     return len(np.unique(groups[y == number]))
 
@@ -117,6 +124,7 @@ def _check_classes(y: np.ndarray, groups: np.ndarray, labels: Labels, folds: int
                     "needs one of its own to test on; "
                     + (f"give folds={held}, or " if held >= 2 else "give ")
                     + f"more groups with {name!r}"
+                    + _NUMBERS * (len(labels.classes) > _MANY and _are_numbers(labels.classes))
                 )
 
 

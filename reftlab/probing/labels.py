@@ -10,12 +10,15 @@ import numpy as np
 
 from reftlab.collecting import SiteVectors
 from reftlab.errors import DataError
-from reftlab.probing.checks import as_numpy
+from reftlab.probing.checks import as_numpy, is_missing, is_unordered
 
 __all__ = ["KINDS", "Kind", "Labels", "parse_labels"]
 
 Kind = Literal["classification", "multilabel", "regression"]
 KINDS = ("auto", "classification", "multilabel", "regression")
+
+_FEW = 10
+"""So many different floats, all whole, may well be classes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,12 +38,13 @@ class Labels:
     classes: tuple[Any, ...]
     starts: np.ndarray | None = None
 
-    def of_vectors(self, values: SiteVectors, name: str) -> np.ndarray:
+    def of_vectors(self, values: SiteVectors, name: str, to_end: bool = False) -> np.ndarray:
         """The label of each vector.
 
         Args:
             values: the vectors with their index.
             name: what they are called in messages.
+            to_end: whether the last chosen token of each example is its last.
 
         Raises:
             DataError: labels of tokens that fit neither the chosen tokens nor all of an example.
@@ -62,6 +66,15 @@ class Labels:
                 f"tokens, up to number {int(tokens[examples == bad].max())}; give one label for each chosen "
                 "token, or for each token of the prompt"
             )
+        ends = np.zeros(len(given), dtype=np.int64)
+        np.maximum.at(ends, examples, tokens + 1)
+        long = np.flatnonzero((ends > 0) & (given > ends)) if to_end else ()
+        if len(long):
+            bad = int(long[0])
+            raise DataError(
+                f"labels: example {bad} has {given[bad]} labels, and its prompt {ends[bad]} tokens; give one "
+                "label for each token, those that the tokenizer adds included"
+            )
         return np.asarray(self.values[self.starts[examples] + tokens])
 
     @property
@@ -70,7 +83,9 @@ class Labels:
         plain = all(isinstance(one, str) for one in self.classes) or all(
             isinstance(one, bool | int) for one in self.classes
         )
-        return np.array(self.classes) if self.kind == "classification" and plain else None
+        found = np.array(self.classes) if self.kind == "classification" and plain else None
+        # Whole numbers of more than 64 bits are no numbers to numpy.
+        return None if found is None or found.dtype.kind == "O" else found
 
 
 def parse_labels(labels: Any, kind: str, examples: int) -> Labels:
@@ -90,6 +105,8 @@ def parse_labels(labels: Any, kind: str, examples: int) -> Labels:
         raise DataError(f"kind={kind!r}: expected one of {', '.join(map(repr, KINDS))}")
     if labels is None or isinstance(labels, str | bytes) or not isinstance(labels, Iterable):
         raise DataError(f"labels={labels!r:.80}: expected one label for each example")
+    if is_unordered(labels):
+        raise DataError(f"labels: a {type(labels).__name__} has no order of examples; give a list of labels")
     table = _table(labels, kind)
     if table is not None:
         return _multilabel(table, kind, examples)
@@ -115,10 +132,8 @@ def parse_labels(labels: Any, kind: str, examples: int) -> Labels:
 
 def _table(labels: Any, kind: str) -> np.ndarray | None:
     """Labels with two axes, as an array or a table."""
-    if hasattr(labels, "to_numpy"):
-        labels = labels.to_numpy()
     if hasattr(labels, "shape") and len(labels.shape) == 2:
-        return as_numpy(labels)
+        return as_numpy(labels.to_numpy() if hasattr(labels, "to_numpy") else labels)
     if kind == "multilabel" and not hasattr(labels, "shape"):
         rows = [list(row) if isinstance(row, Iterable) and not isinstance(row, str) else [] for row in labels]
         if not rows or len({len(row) for row in rows}) != 1 or not rows[0]:
@@ -162,9 +177,10 @@ def _regression(entries: Sequence[Any], kind: str, starts: np.ndarray | None) ->
     found = np.unique(values)
     if len(found) == 1:
         raise DataError(f"labels are all {found[0]:g}; there is nothing to tell apart")
-    if kind == "auto" and len(found) == 2 and bool((found == np.round(found)).all()):
+    if kind == "auto" and len(found) <= _FEW and bool((found == np.round(found)).all()):
+        shown = ", ".join(f"{one:.1f}" for one in found.tolist())
         raise DataError(
-            f"labels are the fractions {found[0]!r} and {found[1]!r} alone; say kind='classification' or "
+            f"labels are {shown} alone, which may be classes or numbers; say kind='classification' or "
             "kind='regression'"
         )
     return Labels("regression", values, (), starts)
@@ -188,7 +204,8 @@ def _classification(entries: Sequence[Any], starts: np.ndarray | None) -> Labels
 def _plain(label: Any, number: int) -> Hashable:
     """A label as Python has it."""
     value = label.item() if hasattr(label, "item") and getattr(label, "shape", None) == () else label
-    if value is None or (isinstance(value, float) and np.isnan(value)):
+    value = value.as_py() if hasattr(value, "as_py") else value
+    if is_missing(value):
         raise DataError(f"labels: entry {number} is {value!r}; leave examples without a label out")
     if not isinstance(value, Hashable):
         raise DataError(f"labels: entry {number} is {value!r:.60}, which is no label; labels are hashable")

@@ -12,8 +12,9 @@ from torch import nn
 from reftlab.collecting import Activations
 from reftlab.errors import DataError
 from reftlab.probing.cells import Cells, cells_of_activations, cells_of_model
-from reftlab.probing.checks import as_groups, whole_number
+from reftlab.probing.checks import as_groups, seed_number, whole_number
 from reftlab.probing.columns import Settings
+from reftlab.probing.description import require_code
 from reftlab.probing.estimators import probe_of
 from reftlab.probing.labels import parse_labels
 from reftlab.probing.result import ProbeMap
@@ -91,7 +92,7 @@ def probe(
             is, for several labels one for each. `"auto"` is logistic or ridge.
         kind: what the labels are, where that is not plain.
         groups: one entry for each example; examples of a group are on the same side of every split. Each
-            example is its own unless given.
+            example is its own unless given, also where texts come twice, of which `notes` tell.
         folds: number of folds.
         control: `"auto"` for token ids as types where labels are of tokens or a position has several tokens,
             and groups elsewhere; a sequence of types, one for each example; or None for no control.
@@ -121,7 +122,7 @@ def probe(
     >>> found["blocks[5].output @ last"].steer(4.0)                                 # doctest: +SKIP
     """
     folds, bootstrap = whole_number(folds, "folds", 2), whole_number(bootstrap, "bootstrap", 0)
-    seed, budget = whole_number(seed, "seed", 0), parse_bytes("memory", memory)
+    seed, budget = seed_number(seed), parse_bytes("memory", memory)
     if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:
         raise DataError(f"level={level!r}: expected a number between 0 and 1, such as 0.95")
     if null not in ("auto", "linear", "refit"):
@@ -148,9 +149,11 @@ def probe(
     count = _PERMUTATIONS[null] if permutations is None else whole_number(permutations, "permutations", 0)
     if description and parsed.kind == "regression":
         raise DataError("description=True: numbers have no code of finite length; leave it out")
+    if description and chosen.own is not None:
+        require_code(chosen.own)
     settings = Settings(
         chosen, folds, _groups(groups, cells.examples), _types(control, cells), description, count, null,
-        bootstrap, level, budget, seed, progress,
+        bootstrap, level, budget, seed, progress, _copies(data) if groups is None else 0,
     )  # fmt: skip
     return Work(cells, parsed, settings).run()
 
@@ -163,6 +166,13 @@ def _groups(groups: Any, examples: int) -> np.ndarray:
     return as_groups(groups, examples)
 
 
+def _copies(data: Any) -> int:
+    """How many texts, or rows of token ids, stand in a list before."""
+    if not isinstance(data, list | tuple) or not all(isinstance(one, str | list | tuple) for one in data):
+        return 0
+    return len(data) - len({repr(one) for one in data})
+
+
 def _types(control: Any, cells: Cells) -> Any:
     if control is None or (isinstance(control, str) and control == "auto"):
         return control
@@ -172,7 +182,7 @@ def _types(control: Any, cells: Cells) -> Any:
         raise DataError(
             f"control has {len(control)} entries and data {cells.examples} examples; give one each"
         )
-    return as_groups(control, cells.examples)
+    return as_groups(control, cells.examples, "control")
 
 
 def _refuse_collecting(data: Any, *further: Any) -> None:

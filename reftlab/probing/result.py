@@ -118,15 +118,17 @@ class ProbeMap:
             raise DataError("there are no p-values; probe with permutations=1000")
         return np.asarray(np.nan_to_num(self.p_values, nan=1.0) <= level)
 
-    def __getitem__(self, name: str) -> FittedProbe:
-        """The probe of one cell, `"site @ position"`, fitted on all of its vectors when it is asked for.
+    def __getitem__(self, name: str | tuple[str, str]) -> FittedProbe:
+        """The probe of one cell, `"site @ position"` or a pair such as `best`, fitted on all of its vectors.
 
         Raises:
             KeyError: there is no such cell.
         """
         return self.fit(*self._place(name))
 
-    def _place(self, name: str) -> tuple[int, int]:
+    def _place(self, name: str | tuple[str, str]) -> tuple[int, int]:
+        if isinstance(name, tuple) and len(name) == 2:
+            name = f"{name[0]} @ {name[1]}" if name[1] else name[0]
         known = {}
         for row, site in enumerate(self.sites):
             for column, position in enumerate(self.columns):

@@ -147,7 +147,8 @@ def linear_statistics(
             own = part[numbers[rows] == fold]
             grams[fold] += own.T @ own
     gram = grams.sum(0)
-    scale = np.trace(gram) / min(width, len(columns))
+    # Where all vectors are the same any strength will do: there is nothing to learn.
+    scale = np.trace(gram) / min(width, len(columns)) or 1.0
     found = np.empty((len(_STRENGTHS), shuffles.count + 1))
     labels = columns.astype(np.float32)
     for level, strength in enumerate(_STRENGTHS):
@@ -222,7 +223,10 @@ def rotated(vectors: np.ndarray) -> np.ndarray:
         return np.asarray(scaled)
     products = (scaled @ scaled.T).astype(np.float64)
     # Centred vectors span one coordinate less than there are of them.
-    products[np.diag_indices(n)] += 1e-6 * np.trace(products) / n
+    size = np.trace(products) / n
+    if size == 0:
+        return np.asarray(scaled[:, :1])
+    products[np.diag_indices(n)] += 1e-6 * size
     return np.linalg.cholesky(products).astype(np.float32)
 
 

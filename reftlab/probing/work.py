@@ -54,6 +54,7 @@ class _Found:
     control: dict[str, float]
     description: dict[str, float]
     statistics: Statistics | None
+    alike: bool
 
 
 @dataclass(eq=False)
@@ -71,6 +72,7 @@ class Work:
     settings: Settings
     _columns: dict[tuple[int, str], Column] = field(default_factory=dict)
     _fitted: dict[tuple[int, int], FittedProbe] = field(default_factory=dict)
+    _scores: Any = None
 
     def run(self) -> ProbeMap:
         """Probe all cells.
@@ -87,7 +89,7 @@ class Work:
             found[place] = self._cell(place)
         return self._result(found)
 
-    def fit(self, row: int, column: int, score: float) -> FittedProbe:
+    def fit(self, row: int, column: int) -> FittedProbe:
         """The probe of a cell on all of its vectors."""
         if (row, column) not in self._fitted:
             cell, shared = (
@@ -105,7 +107,7 @@ class Work:
                 estimator = fit_on_all(probe, cell.take(dtype=torch.float64), y, shared.splits.whole)
             self._fitted[row, column] = FittedProbe(
                 cell.name, cell.read, labels.kind, labels.classes, estimator, HEADLINE[labels.kind],
-                score, len(shared.y),
+                float(self._scores[row, column]), len(shared.y),
             )  # fmt: skip
         return self._fitted[row, column]
 
@@ -157,7 +159,10 @@ class Work:
         if shared.shuffles is not None:
             statistics = self._statistics(shared, shared.shuffles, vectors, stream)
         description = self._description(vectors, shared) if settings.description else {}
-        return _Found(scores_of(shared.y, found, kind, classes), intervals, control, description, statistics)
+        return _Found(
+            scores_of(shared.y, found, kind, classes), intervals, control, description, statistics,
+            stream is None and _alike(vectors, cell.rounding),
+        )  # fmt: skip
 
     def _statistics(
         self, shared: Column, shuffles: Shuffles, vectors: Any, stream: Stream | None
@@ -212,6 +217,7 @@ class Work:
         for place, cell in cells.by_place.items():
             streamed[place] = is_streamed(cell, settings)
         headline = HEADLINE[labels.kind]
+        self._scores = scores[headline]
         return ProbeMap(
             sites=cells.sites,
             columns=cells.columns,
@@ -242,8 +248,8 @@ class Work:
                 "memory": settings.memory,
                 "seed": settings.seed,
             },
-            notes=self._notes(shared, streamed),
-            fit=lambda row, column: self.fit(row, column, float(scores[headline][row, column])),
+            notes=self._notes(shared, streamed, [cells.by_place[at].name for at in found if found[at].alike]),
+            fit=self.fit,
         )
 
     def _class_counts(self) -> dict[Any, int]:
@@ -255,12 +261,22 @@ class Work:
         counts = np.bincount(labels.values, minlength=len(labels.classes))
         return dict(zip(labels.classes, counts.tolist(), strict=True))
 
-    def _notes(self, shared: list[Column], streamed: np.ndarray) -> tuple[str, ...]:
+    def _notes(self, shared: list[Column], streamed: np.ndarray, alike: list[str]) -> tuple[str, ...]:
         notes = []
         settings = self.settings
         if len(self.cells.by_place) > 1:
             notes.append(
                 f"The best of {len(self.cells.by_place)} cells is partly luck; its score is optimistic."
+            )
+        if alike:
+            notes.append(
+                f"Vectors that are the same but for rounding: {', '.join(alike[:4])}{', …' * (len(alike) > 4)}. What "
+                "a probe finds there may be how the rows were padded."
+            )
+        if settings.copies:
+            notes.append(
+                f"{settings.copies} examples are copies of others and may be on the other side of a split, where "
+                "a probe knows them by heart; leave them out, or give groups=."
             )
         if streamed.any():
             notes.append(
@@ -282,6 +298,12 @@ class Work:
         if any(one.shuffles is not None and not one.shuffles.whole for one in shared):
             notes.append("Labels differ inside groups and were shuffled inside them too.")
         return tuple(notes)
+
+
+def _alike(vectors: np.ndarray, rounding: float) -> bool:
+    """Whether vectors differ by no more than a share of their length, as after one and the same token."""
+    spread, size = vectors.var(0).sum(), (vectors**2).mean(0).sum()
+    return bool(spread <= rounding**2 * size)
 
 
 def _grid(shape: tuple[int, int], values: Mapping[tuple[int, int], Any], *more: int) -> np.ndarray:

@@ -204,6 +204,10 @@ def test_results_are_shown_as_lines_and_maps_and_tables(models: dict[str, Plante
     assert [text.get_text() for text in first.get_xticklabels()] == ["1", "2"]
     assert "<img" in found._repr_html_()
     assert "lost at 0.05" in repr(found)
+    inside = rl.Edit("inside", at="blocks[1].mlp.output", positions="last", intervention=rl.Zero())
+    both = reft + rl.InterventionGraph(inside).bind(plan.model, plan.tokenizer)
+    names = [site.name for site in probe_change(both, plan.texts, plan.used, **QUICK).sites]
+    assert names == ["blocks[1].mlp.output", "blocks[1].output", "blocks[2].output"]
     wide = probe_change(reft, plan.texts, plan.used, positions=["first", "last"], **QUICK)
     assert wide.base.shape == (1, 2, 2)
     assert (wide.difference[:, :, 0] == 0).all(), "the edit acts on the last token"

@@ -17,7 +17,14 @@ def summary_of(explanation: Explanation) -> tuple[str, ...]:
     """The findings, one sentence or two an entry."""
     if not explanation.edits:
         return ("No edit was reached, so there is nothing to explain.",)
-    return tuple(_sentences(explanation))
+    return (*_leading(explanation), *_sentences(explanation))
+
+
+def _leading(explanation: Explanation) -> Iterator[str]:
+    """How far the explanation holds, which everything after it depends on."""
+    found = next((section for section in explanation.sections if section.name == "faithfulness"), None)
+    if found is not None and found.missing is None:
+        yield from found.says
 
 
 def in_nats(value: float) -> str:

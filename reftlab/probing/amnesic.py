@@ -22,7 +22,7 @@ from reftlab.measuring import Estimate
 from reftlab.probing.amnesic_result import Amnesic, Erasure
 from reftlab.probing.amnesic_runs import ErasedRuns, with_place
 from reftlab.probing.cells import Cell, ProbedSite, cells_of_model
-from reftlab.probing.checks import as_groups, whole_number
+from reftlab.probing.checks import as_groups, seed_number, whole_number
 from reftlab.probing.erasing import Draws, Eraser, Method, Vectors, erasers, methods_of
 from reftlab.probing.estimators import Predictions, Probe, blank, out_of_fold, probe_of
 from reftlab.probing.folds import fold_numbers, grouped_splits
@@ -127,7 +127,8 @@ def amnesic(
     """
     whole_number(draws, "draws", 1)
     whole_number(folds, "folds", 2)
-    if not 0 < level < 1:
+    seed, bootstrap = seed_number(seed), whole_number(bootstrap, "bootstrap", 0)
+    if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:
         raise DataError(f"level={level!r}: expected a number between 0 and 1, such as 0.95")
     rows = read_examples(data)
     parsed = parse_labels(labels, kind, len(rows))
@@ -162,7 +163,7 @@ def amnesic(
                 runs = ErasedRuns.of_folds(place, rows, fold_of, own, metric, form)
             else:
                 runs = ErasedRuns.of_examples(place, examples, metric, form)
-            y, parts = parsed.of_vectors(cell.values, cell.name), fold_of[cell.examples]
+            y, parts = parsed.of_vectors(cell.values, cell.name, cell.to_end), fold_of[cell.examples]
             vectors = Vectors(cell.take(), y, own[cell.examples], parsed.kind)
             bare = None if plain is None else replace(vectors, X=plain.by_place[number, 0].take())
             found, before = [], judge.score(vectors, parts, None)
@@ -189,7 +190,7 @@ def _folds(
     lost = np.setdiff1d(np.arange(len(groups)), held)
     if len(lost):
         raise DataError(f"example {lost[0]} has no token at {cell.name}, so nothing can be erased from it")
-    y = labels.of_vectors(cell.values, cell.name)
+    y = labels.of_vectors(cell.values, cell.name, cell.to_end)
     grouped_splits(y, groups[held], labels, folds, seed)
     parts = np.empty(len(groups), dtype=np.int64)
     parts[held] = fold_numbers(y, groups[held], labels.kind, folds, seed)

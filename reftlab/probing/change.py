@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
 from reftlab.address import parse_path, resolve
 from reftlab.errors import AddressError, DataError
 from reftlab.probing.cells import Cells, cells_of_model
 from reftlab.probing.change_result import ProbeChange
-from reftlab.probing.checks import as_groups, whole_number
+from reftlab.probing.checks import as_groups, seed_number, whole_number
 from reftlab.probing.estimators import Predictions, Probe, blank, predictions, probe_of
 from reftlab.probing.folds import grouped_splits
 from reftlab.probing.labels import Labels, parse_labels
@@ -100,7 +101,8 @@ def probe_change(
     """
     if not isinstance(reft, BoundModel) or not reft.edits:
         raise DataError("reft has no edits, so nothing is before or after; take rl.probe for a bare model")
-    if not 0 < level < 1:
+    seed = seed_number(seed)
+    if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:
         raise DataError(f"level={level!r}: expected a number between 0 and 1, such as 0.95")
     whole_number(folds, "folds", 2)
     whole_number(permutations, "permutations", 0)
@@ -184,8 +186,11 @@ class _Work:
         steps = [(n, name, place) for n, name in enumerate(concepts) for place in sorted(self.base.by_place)]
         for number, name, place in tqdm(steps, desc="probe change", unit="cell", disable=not self.progress):
             before, after = self.base.by_place[place], self.edited.by_place[place]
-            y = concepts[name].of_vectors(before.values, before.name)
-            own, vectors = self.groups[before.examples], (before.take(), after.take())
+            y = concepts[name].of_vectors(before.values, before.name, before.to_end)
+            own, vectors = (
+                self.groups[before.examples],
+                (before.take(dtype=torch.float64), after.take(dtype=torch.float64)),
+            )
             found = self._scored(vectors, y, own, concepts[name], probes[name])
             for row, drawn in found.items():
                 values[row][number][place] = drawn[0]

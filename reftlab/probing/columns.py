@@ -27,7 +27,7 @@ STREAMED_SHUFFLES = 199
 class Settings:
     """What `probe` was told, checked; see there.
 
-    `groups` has a number for each example; `copies` is how many examples are copies of others in other groups.
+    `groups` has a number for each example; `copies` says how many examples stand in the data before.
     """
 
     probe: Probe

@@ -35,7 +35,8 @@ def draw(result: ProbeMap, metric: str | None) -> Figure:
     n = result.counts["vectors"]
     many = f"n = {n[0]}" if len(set(n.tolist())) == 1 else f"n = {n.min()} to {n.max()}"
     what = f"{result.estimator:.40}, {result.folds} folds, {many}"
-    tested = bool(np.isfinite(result.p_values).any())
+    # p-values are of the score; a code's length or selectivity has none.
+    tested = name in result.metrics and bool(np.isfinite(result.p_values).any())
     significant = result.significant() if tested else np.zeros(values.shape, dtype=bool)
     blocks = [site.block for site in result.sites]
     by_block = None not in blocks and len(set(blocks)) == len(blocks)
@@ -48,6 +49,9 @@ def draw(result: ProbeMap, metric: str | None) -> Figure:
             baseline_name, across,
             1.0 if name in result.metrics else float("nan"),
         )  # fmt: skip
+    if name == "bits" and result.description is not None:
+        baseline = float(np.nanmean(values * result.description["compression"]))
+        baseline_name = "uniform code"
     column = result.columns[0]
     intervals = result.intervals.get(name)
     control = None if result.control is None else result.control.get(name)

@@ -68,9 +68,8 @@ class Labels:
             )
         ends = np.zeros(len(given), dtype=np.int64)
         np.maximum.at(ends, examples, tokens + 1)
-        long = np.flatnonzero((ends > 0) & (given > ends)) if to_end else ()
-        if len(long):
-            bad = int(long[0])
+        if to_end and ((ends > 0) & (given > ends)).any():
+            bad = int(np.flatnonzero((ends > 0) & (given > ends))[0])
             raise DataError(
                 f"labels: example {bad} has {given[bad]} labels, and its prompt {ends[bad]} tokens; give one "
                 "label for each token, those that the tokenizer adds included"

@@ -12,7 +12,7 @@ from torch import nn
 from reftlab.collecting import Activations
 from reftlab.errors import DataError
 from reftlab.probing.cells import Cells, cells_of_activations, cells_of_model
-from reftlab.probing.checks import as_groups, seed_number, whole_number
+from reftlab.probing.checks import as_groups, is_unordered, seed_number, whole_number
 from reftlab.probing.columns import Settings
 from reftlab.probing.description import require_code
 from reftlab.probing.estimators import probe_of
@@ -71,7 +71,7 @@ def probe(
     each group, which supposes that a group's vectors could have come in any order. With `null="linear"`
     what is refitted is ridge regression at fixed strengths on label-blind folds, the statistic being the
     correlation of labels and held-out predictions: that is exact and quick, and sees what a linear probe
-    can. With `null="refit"` it is the estimator itself.
+    can. With `null="refit"` it is the estimator itself, the regularisation of those by name being fixed.
 
     *Control labels.* Each type, such as a token id, gets one random label (Hewitt and Liang 2019). A probe
     can know these only by heart, and selectivity, the score minus that on control labels, is what it
@@ -159,7 +159,7 @@ def probe(
 
 
 def _groups(groups: Any, examples: int) -> np.ndarray:
-    if groups is not None and not hasattr(groups, "shape"):
+    if groups is not None and not hasattr(groups, "shape") and not is_unordered(groups):
         groups = list(groups)
     if groups is not None and len(groups) != examples:
         raise DataError(f"groups has {len(groups)} entries and data {examples} examples; give one each")

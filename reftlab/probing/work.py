@@ -269,14 +269,15 @@ class Work:
                 f"The best of {len(self.cells.by_place)} cells is partly luck; its score is optimistic."
             )
         if alike:
+            shown = ", ".join(alike[:4]) + ", …" * (len(alike) > 4)
             notes.append(
-                f"Vectors that are the same but for rounding: {', '.join(alike[:4])}{', …' * (len(alike) > 4)}. What "
-                "a probe finds there may be how the rows were padded."
+                f"Vectors are the same but for rounding at {shown}; what a probe finds there may be how rows "
+                "were padded."
             )
         if settings.copies:
             notes.append(
-                f"{settings.copies} examples are copies of others and may be on the other side of a split, where "
-                "a probe knows them by heart; leave them out, or give groups=."
+                f"{settings.copies} examples are copies of others; across a split a probe knows them "
+                "by heart. Leave them out, or give groups=."
             )
         if streamed.any():
             notes.append(

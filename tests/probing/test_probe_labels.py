@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
@@ -29,8 +30,10 @@ def test_classes_of_any_hashable_kind_come_back_from_their_numbers(labels: list[
     assert found.classes == parse_labels(labels[::-1], "auto", len(labels)).classes
 
 
-@given(st.lists(st.floats(allow_nan=False, allow_infinity=False, width=32), min_size=3).filter(
-    lambda found: len(set(found)) > 2))  # fmt: skip
+FLOATS = st.lists(st.floats(allow_nan=False, allow_infinity=False, width=32), min_size=3)
+
+
+@given(FLOATS.filter(lambda found: len(set(found)) > 2 and any(one % 1 for one in found)))
 def test_fractions_are_numbers(labels: list[float]) -> None:
     found = parse_labels(labels, "auto", len(labels))
     assert found.kind == "regression"
@@ -43,7 +46,10 @@ def test_fractions_are_numbers(labels: list[float]) -> None:
         ["b", "a", "b"],
         np.array(["b", "a", "b"]),
         pd.Series(["b", "a", "b"]),
+        pd.Categorical(["b", "a", "b"], categories=["b", "a"]),
         ("b", "a", "b"),
+        pa.array(["b", "a", "b"]),
+        pa.chunked_array([["b"], ["a", "b"]]),
     ],
 )
 def test_texts_may_stand_in_any_container(labels: Any) -> None:
@@ -97,6 +103,11 @@ def test_labels_of_an_example_are_those_of_all_its_tokens() -> None:
         ([0.5, float("nan"), 1.0], "auto", "labels: entry 1 is nan"),
         ([0.5, float("inf"), 1.0], "auto", "labels hold NaN or infinity"),
         ([0.0, 1.0, 1.0], "auto", "say kind='classification' or kind='regression'"),
+        (torch.tensor([0.0, 2.0, 1.0]), "auto", "labels are 0.0, 1.0, 2.0 alone, which may be classes"),
+        (pd.Series([1, None, 0], dtype="Int64"), "auto", "labels: entry 1 is nan"),
+        (pd.Series(["a", None, "b"], dtype="string"), "auto", "labels: entry 1 is <NA>"),
+        ({0: "a", 1: "b", 2: "a"}, "auto", "labels: a dict has no order of examples"),
+        ({"a", "b", "c"}, "auto", "labels: a set has no order of examples"),
         ([0.5, "a", 1.0], "auto", "'a' is no number"),
         ([True, 1, 0], "auto", "labels mix True or False with numbers"),
         (["a", "b", "a"], "regression", "'a' is no number, and kind='regression'"),
@@ -132,3 +143,12 @@ def test_labels_of_tokens_that_fit_nothing_say_what_would() -> None:
         DataError, match="example 1 has 1 labels, and x chooses 1 of its tokens, up to number 4"
     ):
         found.of_vectors(_vectors([[0, 0, 7], [1, 4, 7]]), "x")
+
+
+def test_more_labels_than_tokens_belong_to_nobody() -> None:
+    found = parse_labels([["a", "b", "c"], ["c", "a"]], "auto", 2)
+    every = _vectors([[0, 0, 7], [0, 1, 7], [1, 0, 7], [1, 1, 7]])
+    with pytest.raises(DataError, match="example 0 has 3 labels, and its prompt 2 tokens"):
+        found.of_vectors(every, "x", to_end=True)
+    # Of tokens in the middle nobody knows how many come after them.
+    assert found.of_vectors(every, "x").tolist() == [0, 1, 2, 0]

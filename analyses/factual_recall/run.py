@@ -3,8 +3,9 @@
     python analyses/factual_recall/run.py              # about 15 minutes on two CPU cores
     python analyses/factual_recall/run.py --small      # a minute, to see that it runs
 
-Patching maps, a subspace for "country" found by distributed alignment search, what swapping it does to facts that it
-was not trained on, and probes before and after the swap. Writes tables (`*.csv`, `table.md`) and figures into `--out`.
+Patching maps, a subspace for "country" found by distributed alignment search, what swapping it does to facts
+that it was not trained on, and probes before and after the swap. Writes tables (`*.csv`, `table.md`) and
+figures into `--out`.
 """
 
 from __future__ import annotations

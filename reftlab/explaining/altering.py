@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,12 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reftlab.interventions import Intervention
+from reftlab.runtime.replacing import told_apart
 
 if TYPE_CHECKING:
     from reftlab.runtime import BoundModel
 
-__all__ = ["Change", "Written", "altered", "altered_at", "nothing", "only_along", "scaled"]
-__all__ += ["without_directions"]
+__all__ = ["Change", "Written", "altered", "nothing", "only_along", "scaled", "sharing", "without_directions"]
 
 
 class Written(NamedTuple):
@@ -46,7 +44,7 @@ class _Altered(Intervention):
 
     takes_source = "optional"
 
-    def __init__(self, inner: Intervention, change: Change) -> None:
+    def __init__(self, inner: Any, change: Change) -> None:
         super().__init__()
         self.inner, self.change = inner, change
         self.averages_source = getattr(inner, "averages_source", False)  # type: ignore[misc]
@@ -70,48 +68,26 @@ def altered(reft: BoundModel, changes: Mapping[str, Change]) -> Iterator[BoundMo
 
     Args:
         reft: the bound model.
-        changes: by the key of an intervention in `reft.interventions`, what to add in place of what it
-            adds. An edit's strength still multiplies that. Where several sites share an intervention, it
-            changes at all of them; `BoundEdit.module` is the key of an edit's.
+        changes: by the key of a bound edit, `BoundEdit.key`, what to add in place of what it adds. An
+            edit's strength still multiplies that. Sites that share an intervention change apart; `sharing`
+            has the keys of all of them.
 
     Raises:
-        RunError: there is no such intervention.
+        RunError: there is no such edit.
 
     >>> with altered(reft, {"emoji": scaled(0.5)}):          # doctest: +SKIP
     ...     logits = reft(**batch).logits
     """
     with contextlib.ExitStack() as stack:
-        known: dict[str, Any] = dict(reft.interventions.items())
-        for key, change in changes.items():
-            # `replaced` says which interventions there are, where this is none of them.
-            made = _Altered(known[key], change).eval() if key in known else torch.nn.Identity()
-            stack.enter_context(reft.replaced(key, made))
+        for key, module in stack.enter_context(told_apart(reft, changes)).items():
+            made = _Altered(reft.interventions[module], changes[key])
+            stack.enter_context(reft.replaced(module, made.eval()))
         yield reft
 
 
-@contextlib.contextmanager
-def altered_at(reft: BoundModel, changes: Mapping[str, Change]) -> Iterator[BoundModel]:
-    """As `altered`, by the keys of bound edits: sites that share an intervention change apart.
-
-    Args:
-        reft: the bound model.
-        changes: by `BoundEdit.key`, what to add in place of what the edit adds.
-    """
-    users = Counter(bound.module for bound in reft.edits)
-    own = {b.key: f"{b.key}(alone)" for b in reft.edits if b.key in changes and users[b.module] > 1}
-    module_of = {bound.key: own.get(bound.key, bound.module) for bound in reft.edits}
-    before = reft._bound_edits
-    try:
-        for bound in before:
-            if bound.key in own:
-                reft.interventions[own[bound.key]] = reft.interventions[bound.module]
-        reft._bound_edits = tuple(replace(bound, module=module_of[bound.key]) for bound in before)
-        with altered(reft, {module_of[key]: change for key, change in changes.items()}):
-            yield reft
-    finally:
-        reft._bound_edits = before
-        for name in own.values():
-            reft.interventions.pop(name)
+def sharing(reft: BoundModel, module: str) -> tuple[str, ...]:
+    """Keys of the bound edits that have one intervention, by its key in `reft.interventions`."""
+    return tuple(bound.key for bound in reft.edits if bound.module == module)
 
 
 def nothing(written: Written) -> Float[Tensor, "n width"]:

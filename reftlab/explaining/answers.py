@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from reftlab.errors import DataError
-from reftlab.explaining.section import Budget, Section, answered
+from reftlab.explaining.budget import Budget
+from reftlab.explaining.section import Section, answered
 from reftlab.explaining.subject import Subject
 from reftlab.runtime.calls import continues_texts
 
 __all__ = ["NAMES", "Plan", "answers"]
-
-_CHANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -49,24 +48,16 @@ def answers(subject: Subject, plan: Plan, budget: Budget) -> Iterator[Section]:
         if not subject.reft.edits:
             yield replace(empty, missing="there are no edits")
             continue
-        yield answered(empty, lambda e=empty, w=work: w(subject, plan, e, budget.left or None), budget)  # type: ignore[misc]
+        yield answered(empty, lambda e=empty, w=work: w(subject, plan, e, budget.left), budget)  # type: ignore[misc]
 
 
 def _contexts(subject: Subject, plan: Plan, empty: Section, seconds: float | None) -> Section:
-    from reftlab.explaining.geometry.driving import driving_contexts
+    from reftlab.explaining.geometry.driving import driven
 
     if plan.first is None:
         raise DataError("no edit was reached")
-    found = driving_contexts(
-        subject.reft, subject.rows, plan.first, top=5, sources=subject.sources, progress=False,
-        seed=plan.seed, **subject.form,
-    )  # fmt: skip
-    if found.missing:
-        return replace(empty, missing=found.missing)
-    first = found.directions[0]
-    tokens = ", ".join(mean.text for mean in first.highest[:3])
-    says = f"The first read direction of {plan.first} is found most at the tokens {tokens}."
-    return replace(empty, says=(says,), result=found, note=found.note)
+    found = driven(subject, plan.first, subject.seen, top=5, seed=plan.seed)
+    return _told(empty, found)
 
 
 def _faithfulness(subject: Subject, plan: Plan, empty: Section, seconds: float | None) -> Section:
@@ -78,24 +69,14 @@ def _faithfulness(subject: Subject, plan: Plan, empty: Section, seconds: float |
         max_edits=2, budget=seconds, progress=plan.progress,
         seed=plan.seed,
     )  # fmt: skip
-    if found.missing:
-        return replace(empty, missing=found.missing)
-    return replace(empty, says=(found.sentence,), result=found, note=found.note)
+    return _told(empty, found)
 
 
 def _angles(subject: Subject, plan: Plan, empty: Section, seconds: float | None) -> Section:
-    from reftlab.explaining.geometry.edit_angles import edit_angles
+    from reftlab.explaining.geometry.edit_angles import angles_among
 
-    found = edit_angles(
-        subject.reft, subject.rows, plan.labels, draws=10 * plan.runs, sources=subject.sources,
-        progress=False, seed=plan.seed, **subject.form,
-    )  # fmt: skip
-    close = [line for line in found.lines if line.q <= _CHANCE]
-    says = (
-        f"Of {len(found.lines)} angles between the edits' subspaces and others at their sites, {len(close)} "
-        f"are smaller than random subspaces explain (false discovery rate {_CHANCE:.0%}).",
-    )
-    return replace(empty, says=says, result=found, note=found.note)
+    found = angles_among(subject, subject.seen, plan.labels, draws=10 * plan.runs, seed=plan.seed)
+    return _told(empty, found)
 
 
 def _probes(subject: Subject, plan: Plan, empty: Section, seconds: float | None) -> Section:
@@ -109,9 +90,10 @@ def _probes(subject: Subject, plan: Plan, empty: Section, seconds: float | None)
     )  # fmt: skip
     gained, lost = found.gained(), found.lost()
     says = (
-        f"The labels become more decodable at {len(gained)} places because of the edits, less at {len(lost)}."
+        f"The labels become more decodable at {len(gained)} places because of the edits, less so at "
+        f"{len(lost)}.",
     )
-    return replace(empty, says=(says,), result=found, note=found.note)
+    return replace(empty, says=says, result=found)
 
 
 def _mediation(subject: Subject, plan: Plan, empty: Section, seconds: float | None) -> Section:
@@ -123,7 +105,7 @@ def _mediation(subject: Subject, plan: Plan, empty: Section, seconds: float | No
     )  # fmt: skip
     if not found.defined:
         return replace(empty, missing=f"the whole effect, {found.effect} {found.unit}, is not told from 0")
-    return replace(empty, says=_through(found), result=found, note=found.note)
+    return _told(empty, found)
 
 
 def _spread(subject: Subject, plan: Plan) -> str:
@@ -134,25 +116,6 @@ def _spread(subject: Subject, plan: Plan) -> str:
     longest = max(map(len, subject.question.prompts))
     step = max(1, math.ceil(2 * count * min(longest, 16) / (4 * plan.runs)))
     return "blocks[*].output" if step == 1 else f"blocks[{(count - 1) % step}::{step}].output"
-
-
-def _through(found: Any) -> tuple[str, ...]:
-    import numpy as np
-
-    shares = found.sufficiency[:, 0]
-    best = np.unravel_index(np.nanargmax(shares), shares.shape)
-    lines = [
-        f"Put back into the run without edits, the edited vector at {found.sites[best[0]].name}, token "
-        f"{found.columns[best[1]]!r}, alone brings about {shares[best]:.0%} of the effect, more than any other."
-    ]
-    if found.necessity is not None:
-        needed = found.necessity[:, 0]
-        most = np.unravel_index(np.nanargmax(needed), needed.shape)
-        lines.append(
-            f"Taken out of the edited run, the one at {found.sites[most[0]].name}, token "
-            f"{found.columns[most[1]]!r}, costs most: {needed[most]:.0%} of the effect."
-        )
-    return tuple(lines)
 
 
 def _shapley(subject: Subject, plan: Plan, empty: Section, seconds: float | None) -> Section:
@@ -168,14 +131,7 @@ def _shapley(subject: Subject, plan: Plan, empty: Section, seconds: float | None
         game, exact_up_to=int(math.log2(plan.runs)), permutations=max(2, plan.runs // len(parts)),
         budget=seconds, seed=plan.seed,
     )  # fmt: skip
-    frame = found.to_frame()
-    most = frame.loc[frame["shapley"].abs().idxmax()]
-    share = "" if math.isnan(most["share"]) else f", {most['share']:.0%} of the whole"
-    says = (
-        f"Averaged over the orders in which the {len(parts)} parts ({by}s) could come, {most['part']} has the "
-        f"largest part of the effect: {most['shapley']:+.2g} of {found.effect.value:+.2g} {found.unit}{share}.",
-    )
-    return replace(empty, says=says, result=found, note=found.note)
+    return _told(empty, found)
 
 
 def _players(subject: Subject) -> Any:
@@ -189,61 +145,43 @@ def _dose(subject: Subject, plan: Plan, empty: Section, seconds: float | None) -
     from reftlab.explaining.causes.dose import dosed
 
     names = {bound.edit.name for bound in subject.reft.edits}
-    each = None if len(names) <= max(1, plan.runs // 25) else []
+    each: list[str] | None = None if len(names) <= max(1, plan.runs // 25) else []
     found = dosed(subject.reft, subject.behaviour, edits=each, budget=seconds, seed=plan.seed)
-    curve = found.curves[0]
-    says = (
-        f"From scale {curve.scales[0]:g} to {curve.scales[-1]:g} of {curve.label}, the {found.name} is "
-        f"{'neither rising nor falling throughout' if curve.shape == 'neither' else curve.shape}; the effect is "
-        f"largest at scale {curve.best:g}.",
-    )
-    return replace(empty, says=says, result=found, note=found.note)
+    return _told(empty, found)
 
 
 def _direct(subject: Subject, plan: Plan, empty: Section, seconds: float | None) -> Section:
-    from reftlab.explaining.causes.direct import direct_effect
+    from reftlab.explaining.causes.direct import at_next_token, direct_effects
 
-    found = direct_effect(
-        subject.reft, subject.rows, subject.metric, sources=subject.sources, progress=plan.progress,
-        seed=plan.seed, **subject.form,
-    )  # fmt: skip
-    if found.missing:
-        return replace(empty, missing=found.missing)
-    says = []
-    for effect in found.effects:
-        if effect.missing:
-            says.append(f"{effect.edit}: {effect.missing}.")
-        elif effect.at_last == 0:
-            says.append(
-                f"{effect.edit} does not act at the last token of any prompt, so none of its effect on the next "
-                "token is direct."
-            )
-        else:
-            says.append(
-                f"{effect.logit_share.value:.0%} of what {effect.edit} changes in the logits after the prompt "
-                "goes by the residual stream alone; later blocks make the rest of it."
-            )
-    return replace(empty, says=tuple(says[:3]), result=found)
+    question = at_next_token(subject).question
+    return _told(empty, direct_effects(subject.reft, question, progress=plan.progress, seed=plan.seed))
 
 
 def _composition(subject: Subject, plan: Plan, empty: Section, seconds: float | None) -> Section:
-    from reftlab.explaining.composition.composition import composition
+    from reftlab.explaining.composition.composing import composed
 
     if len({bound.edit.name for bound in subject.reft.edits}) < 2:
         raise DataError("there is one edit")
-    found = composition(
-        subject.reft, subject.rows, subject.metric, max_pairs=max(1, plan.runs // 8), budget=seconds,
-        sources=subject.sources, progress=plan.progress, seed=plan.seed, **subject.form,
-    )  # fmt: skip
-    return replace(empty, says=(found.sentence,), result=found, note=found.note)
+    found = composed(
+        subject, max_pairs=max(1, plan.runs // 8), budget=seconds, progress=plan.progress, seed=plan.seed
+    )
+    return _told(empty, found)
+
+
+def _told(empty: Section, found: Any) -> Section:
+    """A section that quotes its result, or says why there is none."""
+    missing, note = getattr(found, "missing", None), getattr(found, "note", "")
+    if isinstance(missing, str):
+        return replace(empty, missing=missing)
+    return replace(empty, says=(found.sentence,), result=found, note=note)
 
 
 def _texts_only(work: Work) -> Work:
     def checked(subject: Subject, plan: Plan, empty: Section, seconds: float | None) -> Section:
         if not continues_texts(subject.reft.model) and subject.metric is None:
             raise DataError(
-                f"{type(subject.reft.model).__name__} does not continue texts, so there is nothing to measure "
-                "without a metric="
+                f"{type(subject.reft.model).__name__} does not continue texts, so there is nothing to "
+                "measure without a metric="
             )
         return work(subject, plan, empty, seconds)
 
@@ -330,8 +268,8 @@ _SECTIONS: Sequence[tuple[Section, Work]] = (
             "direct",
             "amount",
             "Direct effect and what later blocks make of it",
-            how="Direct is what is left of an edit's effect on the logits after the prompt when the output of "
-            "every attention and MLP is held at what it is without the edit.",
+            how="Direct is what is left of an edit's effect on the logits after the prompt when the output "
+            "of every attention and MLP is held at what it is without the edit.",
         ),
         _texts_only(_direct),
     ),

@@ -10,18 +10,20 @@ from tqdm.auto import tqdm
 
 from reftlab.errors import DataError, did_you_mean
 from reftlab.explaining.answers import NAMES, Plan, answers
+from reftlab.explaining.budget import Budget
 from reftlab.explaining.causes.removal import Removal, removals
 from reftlab.explaining.evidence.replies import ReplyTable, ask
 from reftlab.explaining.explanation import EditExplanation, Explanation
 from reftlab.explaining.geometry.record import Recorded
 from reftlab.explaining.geometry.tokens import token_effects
 from reftlab.explaining.geometry.vectors import common_axes, sizes_of
-from reftlab.explaining.section import QUESTIONS, Budget
+from reftlab.explaining.section import QUESTIONS
 from reftlab.explaining.subject import Subject
 from reftlab.runtime import BoundModel
 from reftlab.runtime.calls import continues_texts
 from reftlab.runtime.modes import evaluating
 from reftlab.training.data import as_examples
+from reftlab.training.settings import whole
 
 if TYPE_CHECKING:
     from reftlab.runtime.places import BoundEdit
@@ -91,7 +93,7 @@ def explain(
         raise DataError(
             "unseen has tasks; explain looks at one set of edits, so take one task's with reft.select(...)"
         )
-    wanted, clock = _wanted(only), Budget(_seconds(budget))
+    wanted, clock = _wanted(only), Budget(budget)
     with evaluating(reft), torch.no_grad(), tqdm(disable=not progress, desc="explain") as bar:
 
         def tick(what: str) -> None:
@@ -131,15 +133,7 @@ def explain(
 
 def _check(**counts: Any) -> None:
     for name, value in counts.items():
-        low = {"top": 1, "runs": 8}.get(name, 0)
-        if type(value) is not int or value < low:
-            raise DataError(f"{name}={value!r}: expected a whole number of {low} or more")
-
-
-def _seconds(budget: Any) -> float | None:
-    if budget is None or (type(budget) in (int, float) and budget > 0):
-        return budget
-    raise DataError(f"budget={budget!r}: expected seconds above 0, or None for no limit")
+        whole(name, value, {"top": 1, "runs": 8}.get(name, 0))
 
 
 def _wanted(only: Any) -> frozenset[str] | None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import html
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from reftlab.errors import ReftlabError
+from reftlab.explaining.budget import Budget
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["QUESTIONS", "Budget", "Result", "Section", "answered"]
+__all__ = ["QUESTIONS", "Result", "Section", "answered"]
 
 QUESTIONS = {
     "what": "What does it do?",
@@ -85,23 +86,6 @@ class Section:
         return f"Section({self.name!r}: {shown if len(shown) < 120 else shown[:119] + '…'})"
 
 
-@dataclass
-class Budget:
-    """Seconds that a whole explanation may take, counted from when this was made; None without limit."""
-
-    seconds: float | None
-    began: float = field(default_factory=time.perf_counter)
-
-    @property
-    def left(self) -> float | None:
-        """Seconds left, not below 0; None without limit."""
-        return None if self.seconds is None else max(0.0, self.seconds - (time.perf_counter() - self.began))
-
-    @property
-    def used_up(self) -> bool:
-        return self.left == 0.0
-
-
 def answered(empty: Section, work: Callable[[], Section], budget: Budget) -> Section:
     """Carry out a section, or say why there is none.
 
@@ -110,8 +94,6 @@ def answered(empty: Section, work: Callable[[], Section], budget: Budget) -> Sec
         work: makes the section; what it raises of reftlab's own errors becomes the reason.
         budget: once it is used up, the section is left out and says so.
     """
-    from dataclasses import replace
-
     if budget.used_up:
         return replace(empty, missing=f"left out, since the time budget of {budget.seconds:g} s was used up")
     began = time.perf_counter()

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from reftlab.explaining.geometry.directions import Directions, find_directions
+from reftlab.explaining.geometry.directions import Directions, directions_of
 from reftlab.explaining.geometry.record import Recorded, record
+from reftlab.explaining.geometry.sites import Seen, see_sites
 from reftlab.measuring import Behaviour, Question, checked_examples, measured_on, question_of
 from reftlab.measuring.inputs import accepted, batches
 from reftlab.runtime.calls import continues_texts
 from reftlab.runtime.modes import evaluating
+from reftlab.training.collate import Collator, moved
 from reftlab.training.data import Example, encode
 
 if TYPE_CHECKING:
     from reftlab.runtime import BoundModel
     from reftlab.training.replies import PromptForm
 
-__all__ = ["Subject"]
+__all__ = ["Subject", "asked"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,12 +77,15 @@ class Subject:
         return measured_on(self.reft, self.question)
 
     @cached_property
+    def texts(self) -> list[dict[str, Any]]:
+        """Prompts and answers as the model takes them."""
+        # A model that does not continue texts would take an answer for a part of the prompt.
+        return self._batches(self.rows if continues_texts(self.reft.model) else _unanswered(self.rows))
+
+    @cached_property
     def batches(self) -> list[dict[str, Any]]:
-        """The examples as the model takes them; without answers where a metric asks for the next token."""
-        answers = self.metric is None and continues_texts(self.reft.model)
-        kept = self.rows if answers else [replace(row, answer=None) for row in self.rows]
-        assert self.reft.tokenizer is not None
-        return batches(self.reft, encode(self.reft.tokenizer, kept, **self.form), self.sources)
+        """As `texts`, without answers where a metric asks for the next token."""
+        return self.texts if self.metric is None else self._batches(_unanswered(self.rows))
 
     @cached_property
     def accepts(self) -> frozenset[str]:
@@ -97,13 +102,40 @@ class Subject:
     def directions(self) -> dict[str, Directions]:
         """The directions of each edit that was reached, by key."""
         with evaluating(self.reft):
-            return {
-                bound.key: find_directions(
-                    self.reft.interventions[bound.module],
-                    bound.edit.strength,
-                    self.recorded.vectors[bound.key],
-                    bound.edit.subspace,
-                )
-                for bound in self.reft.edits
-                if bound.key in self.recorded.vectors
-            }
+            return directions_of(self.reft, self.recorded.vectors)
+
+    @cached_property
+    def seen(self) -> Seen:
+        """What stands at its edits' sites at every token of `texts`."""
+        with evaluating(self.reft), torch.no_grad():
+            return see_sites(self.reft, self.texts, self.accepts)
+
+    def _batches(self, rows: Sequence[Example]) -> list[dict[str, Any]]:
+        assert self.reft.tokenizer is not None
+        return batches(self.reft, encode(self.reft.tokenizer, rows, **self.form), self.sources)
+
+
+def asked(
+    reft: BoundModel,
+    rows: Sequence[Example],
+    form: PromptForm,
+    sources: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """The prompts of examples as one batch of a bound model's inputs, padded on the left.
+
+    Args:
+        reft: a bound model with its tokenizer.
+        rows: the examples.
+        form: how prompts are written.
+        sources: inputs of each source run for all of them.
+    """
+    assert reft.tokenizer is not None
+    encoded = encode(reft.tokenizer, _unanswered(rows), **form)
+    batch = moved(Collator.of(reft.tokenizer, "left")(encoded), reft)
+    taken = accepted(reft.model) - {"labels", "positions"}
+    found = {name: value for name, value in batch.items() if name in taken}
+    return found | ({"sources": sources} if sources else {})
+
+
+def _unanswered(rows: Sequence[Example]) -> list[Example]:
+    return [replace(row, answer=None) for row in rows]

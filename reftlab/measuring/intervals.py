@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from reftlab.errors import DataError
 
-__all__ = ["ROUNDING", "Estimate", "change_of", "expanded", "mean_of", "share_kept"]
+__all__ = ["ROUNDING", "Estimate", "change_of", "expanded", "mean_of", "rounding_in", "share_kept"]
 
-ROUNDING = 2.0**-18
-"""What float32 may change, relative to the values: some thirty roundings."""
+_ROUNDINGS = 16
+ROUNDING = _ROUNDINGS * 2.0**-23
+"""What float32 may change in sums and differences of runs, relative to the sum of their sizes."""
 
 
 @dataclass(frozen=True)
@@ -72,23 +74,31 @@ def mean_of(
 def change_of(
     values: Float[Tensor, " example"],
     weights: Float[Tensor, " example"],
-    measured: Float[Tensor, "*runs example"],
+    measured: Float[Tensor, "run example"],
     *,
+    step: float = ROUNDING,
     seed: int = 0,
 ) -> Estimate:
     """Weighted mean of differences between runs, with a bootstrap interval over the examples.
 
-    The interval is longer on both sides by what rounding alone may change: a part that nothing can see
-    changes every example by the same few last digits, and a bootstrap would take that for an effect.
+    Differences that rounding alone may make count as 0: a part that nothing can see changes every example
+    by the same few last digits, and a bootstrap would take that for an effect.
 
     Args:
         values: `(example,)`, differences.
         weights: `(example,)`.
-        measured: the runs' own values, which say how large rounding is.
+        measured: the values of the runs that they are made of, which say how large rounding is.
+        step: what rounding may change, relative to these; `rounding_in` says it of a model.
         seed: of the bootstrap.
     """
-    found, room = mean_of(values, weights, seed=seed), ROUNDING * float(measured.abs().max())
-    return Estimate(found.value, found.low - room, found.high + room, found.level)
+    room = step * float(measured.abs().sum(0).max())
+    return mean_of(torch.where(values.abs() <= room, 0.0, values), weights, seed=seed)
+
+
+def rounding_in(model: nn.Module) -> float:
+    """What rounding may change in sums and differences of a model's runs, relative to their sizes' sum."""
+    floating = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    return _ROUNDINGS * torch.finfo(floating[0] if floating else torch.float32).eps
 
 
 def share_kept(
@@ -146,7 +156,7 @@ def expanded(level: float, count: int) -> float:
     >>> round(expanded(0.95, 8), 3), round(expanded(0.95, 1000), 3)
     (0.989, 0.95)
     """
-    from scipy.stats import norm, t
+    from scipy.stats import norm, t  # type: ignore[import-untyped]
 
     tail = norm.cdf(math.sqrt(count / (count - 1)) * t.ppf((1 - level) / 2, count - 1))
     return 1 - 2 * float(tail)

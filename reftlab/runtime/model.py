@@ -22,6 +22,7 @@ from reftlab.runtime.hooks import StopForward, turn_of
 from reftlab.runtime.options import Options
 from reftlab.runtime.places import BoundEdit, BoundRead
 from reftlab.runtime.reading import Reading, ReadValues, placed
+from reftlab.runtime.replacing import replaced
 from reftlab.runtime.run import Run
 from reftlab.runtime.sources import Sources
 from reftlab.runtime.supply import Supply
@@ -279,18 +280,9 @@ class BoundModel(nn.Module):
         finally:
             self._observers = before
 
-    @contextlib.contextmanager
-    def replaced(self, key: str, intervention: nn.Module) -> Iterator[BoundModel]:
+    def replaced(self, key: str, intervention: nn.Module) -> contextlib.AbstractContextManager[BoundModel]:
         """Put another intervention in the place of one inside a `with` block."""
-        if key not in self.interventions:
-            known = list(self.interventions)
-            raise RunError(f"there is no intervention {key!r}; there is {known}.{did_you_mean(key, known)}")
-        before = self.interventions[key]
-        self.interventions[key] = intervention
-        try:
-            yield self
-        finally:
-            self.interventions[key] = before
+        return replaced(self, key, intervention)
 
     def __add__(self, other: BoundModel) -> BoundModel:
         """Both models' edits in one; those of the left one act first where they share a site.

@@ -130,6 +130,12 @@ class BoundEdit(_Placed):
     def follows(self) -> bool:
         return True
 
+    def shares_place(self, other: BoundEdit) -> bool:
+        """Whether another edit is given the same features of the same site in the same run."""
+        here, there = ((s.module, s.side, s.leaf, s.part) for s in (self.site, other.site))
+        mine, theirs = ((e.width, e.edit.run, e.edit.view) for e in (self, other))
+        return here == there and mine == theirs
+
     @property
     def reads(self) -> tuple[BoundRead, ...]:
         """Its source's and its condition's reads."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from reftlab.runtime import BoundModel
 
-__all__ = ["Column", "Columns", "Pair", "Row", "columns_of", "read_pairs"]
+__all__ = ["Column", "Columns", "Pair", "Row", "column_tokens", "columns_of", "read_pairs"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,16 +216,30 @@ def _named(positions: Any) -> dict[str, tuple[Position, Position]] | None:
     return found
 
 
+def column_tokens(name: str, position: Position, prompt: Prompt, called: str = "prompt") -> tuple[int, ...]:
+    """Numbers of the tokens of one prompt that belong to a column.
+
+    Args:
+        name: of the column; called: what the prompt is, for messages.
+        position: the column's.
+        prompt: the prompt.
+
+    Raises:
+        PositionError: the prompt has no such token.
+    """
+    try:
+        chosen = tuple(position.select(prompt).tolist())
+    except PositionError as error:
+        raise PositionError(f"positions, column {name!r}, {called}: {error}") from error
+    if not chosen:
+        raise PositionError(f"positions, column {name!r}: {called} {prompt.row} has no such token")
+    return chosen
+
+
 def _column(name: str, positions: tuple[Position, Position], clean: Prompt, corrupt: Prompt) -> Column:
     found = []
     for position, prompt, side in zip(positions, (clean, corrupt), ("clean", "corrupt"), strict=True):
-        try:
-            chosen = tuple(position.select(prompt).tolist())
-        except PositionError as error:
-            raise PositionError(f"positions, column {name!r}, {side} prompt: {error}") from error
-        if not chosen:
-            raise PositionError(f"positions, column {name!r}: {side} prompt {prompt.row} has no such token")
-        found.append(chosen)
+        found.append(column_tokens(name, position, prompt, f"{side} prompt"))
     if len(found[0]) != len(found[1]):
         raise PositionError(
             f"positions, column {name!r}: {len(found[0])} tokens in clean prompt {clean.row} and "

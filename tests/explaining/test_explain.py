@@ -41,7 +41,7 @@ class Tags(HTMLParser):
 
 
 def test_every_site_of_an_edit_is_explained_in_order_of_depth(reft):
-    found = explain(reft, PAIRS, max_new_tokens=4, progress=False)
+    found = explain(reft, PAIRS, only=[], max_new_tokens=4, progress=False)
     assert [one.edit for one in found.edits] == ["shift[0]", "steer", "shift[2]"]
     assert [one.block for one in found.edits] == [0, 1, 2]
     assert found["steer"].does == "Add(value=0.1) at strength 2"
@@ -56,11 +56,12 @@ def test_every_site_of_an_edit_is_explained_in_order_of_depth(reft):
 def test_replies_are_those_of_the_bare_and_the_edited_model(reft):
     from reftlab.training.replies import reply
 
-    found = explain(reft, PAIRS, unseen=["a fish"], chat=True, max_new_tokens=5, progress=False).replies
+    options = {"chat": True, "max_new_tokens": 5}
+    found = explain(reft, PAIRS, unseen=["a fish"], only=[], progress=False, **options).replies
     prompts = [*(prompt for prompt, _ in PAIRS), "a fish"]
-    assert [r.edited for r in found.replies] == reply(reft, prompts, chat=True, max_new_tokens=5)
+    assert [r.edited for r in found.replies] == reply(reft, prompts, **options)
     with reft.disabled():
-        assert [r.bare for r in found.replies] == reply(reft, prompts, chat=True, max_new_tokens=5)
+        assert [r.bare for r in found.replies] == reply(reft, prompts, **options)
     assert [r.seen for r in found.replies] == [True, True, True, False]
     assert len(found.to_frame()) == 4
 
@@ -99,13 +100,13 @@ def test_dropout_is_off_while_explaining(small_llama, byte_tokenizer):
         "drop", at="blocks[1].output", positions="last", intervention=rl.LoReFT(rank=2, dropout=0.9)
     )
     reft = bound(small_llama, byte_tokenizer, edit).train()
-    one, two = (explain(reft, PAIRS, max_new_tokens=0, progress=False) for _ in range(2))
+    one, two = (explain(reft, PAIRS, only=[], max_new_tokens=0, progress=False) for _ in range(2))
     assert torch.equal(one.edits[0].vectors.delta, two.edits[0].vectors.delta)
     assert one.removal.loss == two.removal.loss
 
 
 def test_prompts_without_answers_leave_the_loss_out_and_say_so(reft, tmp_path):
-    found = explain(reft, ["the sea", "snow"], max_new_tokens=2, progress=False)
+    found = explain(reft, ["the sea", "snow"], only="dose", runs=8, max_new_tokens=2, progress=False)
     assert "no answers" in found.removal.missing
     assert "no answers" in found.save(tmp_path / "report.html").read_text(encoding="utf-8")
     assert not (tmp_path / "report_figures" / "removal.png").exists()
@@ -134,8 +135,9 @@ def test_a_swap_from_a_source_run_is_explained(small_llama, byte_tokenizer):
     reft = graph.bind(small_llama, byte_tokenizer)
     other = byte_tokenizer(["b b b b", "a a a a", "the a b"], return_tensors="pt", padding=True)
     found = explain(
-        reft, PAIRS, chat=False, sources={"other": other}, unseen=["x"], max_new_tokens=2, progress=False
-    )
+        reft, PAIRS, chat=False, sources={"other": other}, unseen=["x"], runs=8, max_new_tokens=2,
+        progress=False,
+    )  # fmt: skip
     with torch.no_grad():
         vectors = reft.read("blocks[1].output @ last", sources={"other": other}, **other)
     after = found["swap"].vectors.after
@@ -148,8 +150,8 @@ def test_a_swap_from_a_source_run_is_explained(small_llama, byte_tokenizer):
     assert found.removal.missing is None
 
 
-def test_the_report_stands_alone(reft, tmp_path):
-    found = explain(reft, NASTY, unseen=["<b>bold</b>"], chat=False, max_new_tokens=3, progress=False)
+def test_the_report_stands_alone_and_its_figures_lie_beside_it_too(reft, tmp_path):
+    found = explain(reft, NASTY, unseen=["<b>bold</b>"], chat=False, runs=8, max_new_tokens=3, progress=False)
     path = found.save(tmp_path / "deep" / "report.html")
     page = path.read_bytes().decode("utf-8")
     tags = Tags(page)
@@ -170,6 +172,15 @@ def test_the_report_stands_alone(reft, tmp_path):
         assert one.site in page
     for sentence in found.summary:
         assert re.sub(r"\W+", "", sentence)[:30] in re.sub(r"\W+", "", page)
+    figures = {file.name: file.read_bytes() for file in path.parent.glob("report_figures/*.png")}
+    expected = ["overview", "removal", "replies", "shift-0", "steer", "shift-2"]
+    expected += [f"shift-0_{kind}" for kind in ("directions", "tokens", "sizes")]
+    expected += [section.name for section in found.sections if section.missing is None]
+    assert {f"{name}.png" for name in expected} <= set(figures)
+    for data in figures.values():
+        assert data.startswith(b"\x89PNG")
+        assert len(data) > 4000
+    assert base64.b64encode(figures["overview.png"]).decode() in page
 
 
 def test_the_report_names_the_example_for_which_most_is_written(small_llama, byte_tokenizer, tmp_path):
@@ -177,6 +188,7 @@ def test_the_report_names_the_example_for_which_most_is_written(small_llama, byt
         bound(small_llama, byte_tokenizer, loreft(rank=1)),
         PAIRS,
         chat=False,
+        only=[],
         max_new_tokens=0,
         progress=False,
     )
@@ -186,24 +198,12 @@ def test_the_report_names_the_example_for_which_most_is_written(small_llama, byt
     assert f"{PAIRS[most][0]}<br>{PAIRS[least][0]}" in page
 
 
-def test_figures_lie_beside_the_report_and_are_those_inside_it(reft, tmp_path):
-    path = explain(reft, PAIRS, max_new_tokens=3, progress=False).save(tmp_path / "report.html")
-    figures = {file.name: file.read_bytes() for file in tmp_path.glob("report_figures/*.png")}
-    expected = ["overview", "removal", "replies", "shift-0", "steer", "shift-2"]
-    expected += [f"shift-0_{kind}" for kind in ("directions", "tokens", "sizes")]
-    assert {f"{name}.png" for name in expected} <= set(figures)
-    page = path.read_text(encoding="utf-8")
-    for data in figures.values():
-        assert data.startswith(b"\x89PNG")
-        assert len(data) > 4000
-    assert base64.b64encode(figures["overview.png"]).decode() in page
-
-
 def test_edits_whose_names_look_alike_keep_their_own_figures(small_llama, byte_tokenizer, tmp_path):
     names = ("a-1", "a", "removal")
     sites = ("blocks[0].output", "blocks[1,2].output", "blocks[0].output")
     edits = [loreft(name, site) for name, site in zip(names, sites, strict=True)]
-    found = explain(bound(small_llama, byte_tokenizer, *edits), PAIRS, max_new_tokens=0, progress=False)
+    reft = bound(small_llama, byte_tokenizer, *edits)
+    found = explain(reft, PAIRS, only=[], max_new_tokens=0, progress=False)
     found.save(tmp_path / "r.html")
     assert {"a-1.png", "a-1-2.png", "a-2.png", "removal.png", "removal-2.png"} <= {
         file.name for file in (tmp_path / "r_figures").iterdir()
@@ -214,7 +214,7 @@ def test_edits_that_count_positions_or_are_switched_off_are_understood(small_lla
     noise = rl.Edit("noise", at="blocks[0].output", positions="all", intervention=rl.Noise(0.5))
     reft = bound(small_llama, byte_tokenizer, noise, loreft("off"))
     with reft.disabled("off"):
-        found = explain(reft, PAIRS, max_new_tokens=0, progress=False)
+        found = explain(reft, PAIRS, only=[], max_new_tokens=0, progress=False)
     assert [one.edit for one in found.edits] == ["noise"]
     delta, positions = found["noise"].vectors.delta, found["noise"].vectors.positions
     # The noise of a token depends on its number alone, so the rows agree where their numbers do.
@@ -223,7 +223,7 @@ def test_edits_that_count_positions_or_are_switched_off_are_understood(small_lla
 
 
 def test_the_notebook_form_shows_summary_and_overview(reft):
-    shown = explain(reft, PAIRS, max_new_tokens=0, progress=False)._repr_html_()
+    shown = explain(reft, PAIRS, only=[], max_new_tokens=0, progress=False)._repr_html_()
     assert "data:image/png" in shown
     assert "shift[0]" in shown
 

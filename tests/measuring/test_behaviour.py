@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import reftlab as rl
-from reftlab.errors import DataError
+from reftlab.errors import DataError, RunError
 from reftlab.explaining.altering import altered, nothing, only_along, scaled
 from reftlab.measuring import Estimate, behaviour_of, mean_of, share_kept
 from tests.explaining.conftest import PAIRS, bound, loreft, orthonormal
@@ -98,6 +98,11 @@ def test_what_edits_write_can_be_altered_and_is_whole_again_afterwards(small_lla
     with pytest.raises(ZeroDivisionError), altered(reft, {"a": lambda written: written.delta / (1 // 0)}):
         behaviour()
     torch.testing.assert_close(behaviour(), behaviour.full)
+    with (
+        pytest.raises(RunError, match=r"there is no edit 'c'; there is \['a', 'b'\]"),
+        altered(reft, {"c": nothing}),
+    ):
+        pass
 
 
 def test_the_share_kept_is_one_with_all_edits_and_zero_with_none(small_llama, byte_tokenizer):

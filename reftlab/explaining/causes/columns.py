@@ -11,6 +11,7 @@ from reftlab.errors import DataError, PositionError
 from reftlab.explaining.causes.mediated import ANSWER
 from reftlab.explaining.geometry.tokens import readable_token
 from reftlab.measuring import Question
+from reftlab.sweeping.prompts import column_tokens
 
 __all__ = ["Columns", "columns_of"]
 
@@ -68,7 +69,7 @@ def columns_of(question: Question, positions: Any, tokenizer: Any) -> Columns:
         chosen, names = [], list(named)
         for number, prompt in enumerate(question.prompts):
             given = Prompt(len(prompt), prompt, tokenizer, number)
-            chosen.append([_selected(name, position, given) for name, position in named.items()])
+            chosen.append([column_tokens(name, position, given) for name, position in named.items()])
     if any(question.answers):
         names.append(ANSWER)
         for own, length, count in zip(chosen, lengths, question.answers, strict=True):
@@ -85,13 +86,3 @@ def _named(positions: Any) -> dict[str, Position]:
     if not names or len(set(names)) < len(names):
         raise PositionError(f"positions={positions!r}: expected one position or several, each once")
     return dict(zip(names, found, strict=True))
-
-
-def _selected(name: str, position: Position, prompt: Prompt) -> tuple[int, ...]:
-    try:
-        chosen = tuple(position.select(prompt).tolist())
-    except PositionError as error:
-        raise PositionError(f"positions, column {name!r}, prompt {prompt.row}: {error}") from error
-    if not chosen:
-        raise PositionError(f"positions, column {name!r}: prompt {prompt.row} has no such token")
-    return chosen

@@ -18,18 +18,20 @@ from reftlab.explaining.altering import Written, altered
 from reftlab.explaining.causes.asking import Runs
 from reftlab.explaining.causes.given import Noted, placed_at, whole_place
 from reftlab.explaining.causes.split import DirectEffect, DirectEffects, split_effect
+from reftlab.explaining.subject import Subject
 from reftlab.graph import BASE
-from reftlab.measuring import Question, checked_examples, metrics_of, question_of
+from reftlab.measuring import Question, metrics_of
 from reftlab.runtime.calls import continues_texts
 from reftlab.runtime.cone import BlockStack
 from reftlab.runtime.modes import evaluating
 from reftlab.sweeping.metric import Metric, answer_log_probability
+from reftlab.training.settings import whole
 
 if TYPE_CHECKING:
     from reftlab.runtime import BoundModel
     from reftlab.runtime.places import BoundEdit
 
-__all__ = ["direct_effect", "direct_effects"]
+__all__ = ["at_next_token", "direct_effect", "direct_effects"]
 
 Context = Literal["alone", "together"]
 
@@ -85,20 +87,29 @@ def direct_effect(
     """
     if context not in ("alone", "together"):
         raise DataError(f"context={context!r}: expected 'alone' or 'together'")
-    if type(top) is not int or top < 1:
-        raise DataError(f"top={top!r}: expected a whole number of 1 or more")
-    rows, _ = checked_examples("direct_effect", reft, examples, chat, system, sources)
+    top = whole("top", top, 1)
+    subject = Subject.of("direct_effect", reft, examples, metric, chat=chat, system=system, sources=sources)
+    question = at_next_token(subject).question
+    return direct_effects(reft, question, context=context, top=top, progress=progress, seed=seed)
+
+
+def at_next_token(subject: Subject) -> Subject:
+    """The same prompts without answers, of which the next token is measured.
+
+    Unless there is a metric, that is the log-probability of the answer's first token, where all have answers.
+
+    Raises:
+        DataError: an answer without tokens.
+    """
+    rows, metric = subject.rows, subject.metric
     if metric is None and all(row.answer is not None for row in rows):
-        tokenizer: Any = reft.tokenizer
+        tokenizer: Any = subject.reft.tokenizer
         ids = [tokenizer(row.answer, add_special_tokens=False)["input_ids"] for row in rows]
         empty = [row.answer for row, own in zip(rows, ids, strict=True) if not own]
         if empty:
             raise DataError(f"the answer {empty[0]!r} has no tokens")
         metric = answer_log_probability([own[0] for own in ids])
-    asked = [replace(row, answer=None) for row in rows]
-    with evaluating(reft), torch.no_grad():
-        question = question_of(reft, asked, metric, chat=chat, system=system, sources=sources)
-        return direct_effects(reft, question, context=context, top=top, progress=progress, seed=seed)
+    return replace(subject, rows=tuple(replace(row, answer=None) for row in rows), metric=metric)
 
 
 def direct_effects(
@@ -114,13 +125,14 @@ def direct_effects(
     name, unit = question.name, question.unit
     if question.answered:
         raise DataError("direct effects are on the next token's logits; prepare the prompts without answers")
-    try:
-        work = _Work(reft, question, context)
-    except _MissingError as error:
-        return DirectEffects(name, unit, context, (), str(error))
-    found = []
-    for edit in tqdm(work.names, desc="direct effects", unit="edit", disable=not progress):
-        found.append(work.effect(edit, top, seed))
+    with evaluating(reft), torch.no_grad():
+        try:
+            work = _Work(reft, question, context)
+        except _MissingError as error:
+            return DirectEffects(name, unit, context, (), str(error))
+        found = []
+        for edit in tqdm(work.names, desc="direct effects", unit="edit", disable=not progress):
+            found.append(work.effect(edit, top, seed))
     return DirectEffects(name, unit, context, tuple(found))
 
 
@@ -186,17 +198,17 @@ class _Work:
         """The run without the edit, with what every component gives and every other edit writes in it."""
         if not others and self._alone is not None:
             return self._alone
-        kept = {bound.module: _Writes() for bound in self._bound.edits if bound.edit.name in others}
+        kept = {bound.key: _Writes() for bound in self._bound.edits if bound.edit.name in others}
         base = _Base([], [], kept)
         every = dict.fromkeys((*self._held.names, *self._ends.names))
-        with altered(self._bound, {module: writes.note for module, writes in kept.items()}):
+        with altered(self._bound, {key: writes.note for key, writes in kept.items()}):
             base.logits = self._logits(others, every, base, noting=True)
         if not others:
             self._alone = base
         return base
 
     def _replaying(self, base: _Base) -> contextlib.AbstractContextManager[Any]:
-        return altered(self._bound, {module: writes.again for module, writes in base.writes.items()})
+        return altered(self._bound, {key: writes.again for key, writes in base.writes.items()})
 
     def _logits(
         self,
@@ -316,7 +328,7 @@ class _Writes:
         return written.delta
 
     def again(self, written: Written) -> Tensor:
-        # A shared intervention is called once for each of its sites, in the same order in every run.
+        # A module that runs several times in a pass does so in the same order in every run.
         kept = self._kept[self.batch]
         place = self._next.get(self.batch, 0)
         self._next[self.batch] = (place + 1) % len(kept)
@@ -329,7 +341,7 @@ class _Base:
     Attributes:
         components: for each batch what each component gives.
         ends: for each batch what leaves the first block and enters the final norm.
-        writes: what the other edits add, by the name of their intervention.
+        writes: what the other edits add, by the key of each.
         logits: of the next token, `(example, vocab)`.
     """
 

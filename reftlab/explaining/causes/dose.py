@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from reftlab.errors import DataError, did_you_mean
-from reftlab.explaining.altering import altered_at, scaled
-from reftlab.explaining.causes.game import Clock
-from reftlab.measuring import ROUNDING, Behaviour, Estimate, behaviour_of, change_of, mean_of
+from reftlab.explaining.altering import altered, scaled
+from reftlab.explaining.budget import Budget
+from reftlab.explaining.progress import ticking
+from reftlab.explaining.subject import Subject
+from reftlab.measuring import ROUNDING, Behaviour, Estimate, change_of, mean_of
 from reftlab.runtime.modes import evaluating
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ class DoseCurve:
     @property
     def effect(self) -> Estimate:
         """Mean at scale 1 minus mean at scale 0."""
-        return change_of(self._at(1.0) - self._at(0.0), self.weights, self.values, seed=self.seed)
+        runs = torch.stack([self._at(1.0), self._at(0.0)])
+        return change_of(runs[0] - runs[1], self.weights, runs, seed=self.seed)
 
     @property
     def shape(self) -> Shape:
@@ -104,7 +106,9 @@ class DoseCurve:
         slopes = np.gradient(self.values.double().numpy(), self.scales, axis=0, edge_order=2)
         finest = float(np.diff(self.scales).min())
         slope = torch.from_numpy(slopes[self.scales.index(scale)])
-        return change_of(slope, self.weights, self.values / finest, seed=self.seed)
+        # Two of the runs, the largest ones at most, are apart by their difference over a step of scale.
+        runs = self.values.abs().amax(0).expand(2, -1) / finest
+        return change_of(slope, self.weights, runs, seed=self.seed)
 
     def _at(self, scale: float) -> Tensor:
         return self.values[self.scales.index(scale)]
@@ -113,7 +117,7 @@ class DoseCurve:
         """Mean at each scale, and how far two of them are apart by rounding alone."""
         values, weights = self.values.double(), self.weights.double()
         means = ((values * weights).sum(1) / weights.sum()).numpy()
-        return means, ROUNDING * float(np.abs(means).max())
+        return means, 2 * ROUNDING * float(np.abs(means).max())
 
     def __repr__(self) -> str:
         first, *_, final = self.scales
@@ -143,6 +147,13 @@ class DoseResponse:
             if curve.edit == edit:
                 return curve
         raise KeyError(f"there is no curve of {edit!r}; there is {[curve.edit for curve in self.curves]}")
+
+    @property
+    def sentence(self) -> str:
+        """The finding in plain words."""
+        from reftlab.explaining.causes.saying import of_dose
+
+        return of_dose(self)
 
     def to_frame(self) -> pd.DataFrame:
         """One line a curve and scale, in `unit`: edit, scale, mean, low, high."""
@@ -236,18 +247,12 @@ def dose_response(
     >>> rl.dose_response(reft, pairs).plot()                                 # doctest: +SKIP
     """
     wanted = _checked_scales(scales)
-    behaviour = behaviour_of(
-        reft, examples, metric, chat=chat, system=system, sources=sources, who="dose_response"
-    )
-    with tqdm(disable=not progress, desc="dose response", unit=" doses") as bar:
-
-        def tick(what: str) -> None:
-            bar.set_postfix_str(what, refresh=False)
-            bar.update()
-
+    subject = Subject.of("dose_response", reft, examples, metric, chat=chat, system=system, sources=sources)
+    with ticking("dose response", "doses", progress) as tick:
         return dosed(
-            reft, behaviour, wanted, edits=edits, together=together, budget=budget, seed=seed, tick=tick
-        )
+            reft, subject.behaviour, wanted, edits=edits, together=together, budget=budget, seed=seed,
+            tick=tick,
+        )  # fmt: skip
 
 
 def dosed(
@@ -269,7 +274,7 @@ def dosed(
         scales, edits, together, budget, seed: as for `dose_response`.
         tick: called after each measurement with a few words for a progress bar.
     """
-    wanted, clock = _checked_scales(scales), Clock(budget)
+    wanted, clock = _checked_scales(scales), Budget(budget)
     names = _names(reft, edits, together)
     every = tuple(dict.fromkeys(bound.edit.name for bound in reft.edits))
     found = {name: {1.0: behaviour.full} for name in names}
@@ -281,7 +286,7 @@ def dosed(
         for name in names:
             if scale in found[name]:
                 continue
-            if scale != 0.0 and not clock.allows():
+            if scale != 0.0 and clock.used_up:
                 left += 1
                 continue
             found[name][scale] = _measured(reft, behaviour, every if name is None else (name,), scale)
@@ -298,7 +303,7 @@ def dosed(
 
 def _measured(reft: BoundModel, behaviour: Behaviour, names: Sequence[str], scale: float) -> Tensor:
     changes = {bound.key: scaled(scale) for bound in reft.edits if bound.edit.name in names}
-    with evaluating(reft), torch.no_grad(), altered_at(reft, changes):
+    with evaluating(reft), torch.no_grad(), altered(reft, changes):
         return behaviour()
 
 

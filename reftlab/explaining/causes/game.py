@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import combinations
 from math import factorial
@@ -12,10 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reftlab.errors import DataError
+from reftlab.explaining.budget import Budget
 from reftlab.measuring import Estimate
+from reftlab.training.settings import whole
 
-__all__ = ["Clock", "Coalitions", "Solution", "solved"]
+__all__ = ["Coalitions", "Solution", "solved"]
 
 
 class Coalitions:
@@ -111,11 +111,8 @@ def solved(
     seed: int = 0,
 ) -> Solution:
     """Shapley values of a game; arguments as for `reftlab.shapley`."""
-    if type(exact_up_to) is not int or exact_up_to < 0:
-        raise DataError(f"exact_up_to={exact_up_to!r}: expected a whole number of 0 or more")
-    if type(permutations) is not int or permutations < 2:
-        raise DataError(f"permutations={permutations!r}: expected a whole number of 2 or more")
-    clock, count = Clock(budget), len(game)
+    exact_up_to, permutations = whole("exact_up_to", exact_up_to, 0), whole("permutations", permutations, 2)
+    clock, count = Budget(budget), len(game)
     why = f"{count} parts, and exact values are for up to {exact_up_to}"
     if count <= exact_up_to:
         table = _table(game, clock)
@@ -129,29 +126,7 @@ def solved(
     return Solution(pairs.mean(0), _over_orders(game, pairs), None, 2 * len(pairs), note)
 
 
-class Clock:
-    """What is left of a budget of seconds; None never ends.
-
-    Raises:
-        DataError: not a number of seconds.
-    """
-
-    def __init__(self, budget: float | None) -> None:
-        numeric = isinstance(budget, int | float) and not isinstance(budget, bool)
-        if budget is not None and not (numeric and budget >= 0):
-            raise DataError(f"budget={budget!r}: expected a number of seconds, or None for no limit")
-        self._budget, self._start = budget, time.perf_counter()
-
-    @property
-    def spent(self) -> float:
-        return time.perf_counter() - self._start
-
-    def allows(self, seconds: float = 0.0) -> bool:
-        """Whether so many more seconds fit into the budget."""
-        return self._budget is None or self.spent + seconds < self._budget
-
-
-def _table(game: Coalitions, clock: Clock) -> Float[Tensor, "coalition example"] | None:
+def _table(game: Coalitions, clock: Budget) -> Float[Tensor, "coalition example"] | None:
     """The value of every set, numbered by its players' bits; None where the time does not suffice."""
     count = len(game)
     sets = [
@@ -206,7 +181,7 @@ def _interactions(
     return found
 
 
-def _sampled(game: Coalitions, wanted: int, clock: Clock, seed: int) -> Float[Tensor, "pair player example"]:
+def _sampled(game: Coalitions, wanted: int, clock: Budget, seed: int) -> Float[Tensor, "pair player example"]:
     """Mean change by each player over a random order and its reverse, for as many pairs as there is time."""
     generator, pairs = torch.Generator().manual_seed(seed), list[Tensor]()
     while len(pairs) < wanted:
@@ -214,7 +189,7 @@ def _sampled(game: Coalitions, wanted: int, clock: Clock, seed: int) -> Float[Te
         changes = torch.zeros(2, len(game), len(game()), dtype=torch.float64)
         for way, players in enumerate((order, order[::-1])):
             for place, player in enumerate(players):
-                if pairs and not clock.allows():
+                if pairs and clock.used_up:
                     return torch.stack(pairs)
                 changes[way, player] = game(players[: place + 1]) - game(players[:place])
         pairs.append(changes.mean(0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,13 +11,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from reftlab.errors import DataError
+from reftlab.explaining.budget import Budget
 from reftlab.explaining.causes.asking import Runs
 from reftlab.explaining.causes.interchanged import DirectionRemoved, InterchangeAccuracy, wilson
 from reftlab.explaining.causes.swaps import edited, in_place, turned
 from reftlab.explaining.causes.swaps import whole as whole_swap
+from reftlab.explaining.subject import Subject
 from reftlab.graph import BASE
-from reftlab.measuring import checked_examples, mean_of, question_of
+from reftlab.measuring import mean_of
 from reftlab.runtime.modes import evaluating
+from reftlab.training.settings import whole
 
 if TYPE_CHECKING:
     from reftlab.runtime import BoundModel
@@ -77,16 +79,16 @@ def interchange_accuracy(
     """
     if match not in ("token", "answer"):
         raise DataError(f"match={match!r}: expected 'token' or 'answer'")
-    rows, _ = checked_examples("interchange_accuracy", reft, examples, chat, system, sources)
-    lacking = [number for number, row in enumerate(rows) if row.answer is None]
+    subject = Subject.of("interchange_accuracy", reft, examples, chat=chat, system=system, sources=sources)
+    lacking = [number for number, row in enumerate(subject.rows) if row.answer is None]
     if lacking:
         raise DataError(
-            f"example {lacking[0]}, {rows[lacking[0]].prompt!r}, has no answer, so it is not known what the "
-            "interchange should give"
+            f"example {lacking[0]}, {subject.rows[lacking[0]].prompt!r}, has no answer, so it is not known "
+            "what the interchange should give"
         )
     among = None if choices is None else _first_tokens(reft.tokenizer, choices, match)
     with evaluating(reft), torch.no_grad():
-        question = question_of(reft, rows, None, chat=chat, system=system, sources=sources)
+        question = subject.question
         if not question.answered:
             raise DataError(f"{type(reft.model).__name__} does not continue texts, so it gives no answers")
         off = reft._disabled
@@ -135,15 +137,15 @@ def interchanges(
         DataError: no edit takes its values from a source run, or an argument cannot be used.
     """
     for name, count, least in (("draws", draws, 1), ("detailed", detailed, 0), ("seed", seed, 0)):
-        if type(count) is not int or count < least:
-            raise DataError(f"{name}={count!r}: expected a whole number of {least} or more")
+        whole(name, count, least)
+    clock = Budget(budget)
     swaps = [bound for bound in reft.edits if _swaps(reft, bound)]
     if not swaps:
         raise DataError(
             "no edit in force takes its values from a source run, so nothing is interchanged; give an edit "
             "source=rl.Read(run=...)"
         )
-    began, modules = time.perf_counter(), {bound.module: reft.interventions[bound.module] for bound in swaps}
+    modules = {bound.module: reft.interventions[bound.module] for bound in swaps}
     with evaluating(reft), torch.no_grad(), tqdm(disable=not progress, desc="interchange") as bar:
 
         def ask(**options: Any) -> Tensor:
@@ -152,7 +154,7 @@ def interchanges(
 
         right = ask()
         with in_place(reft, {key: whole_swap(inner) for key, inner in modules.items()}):
-            whole = ask()
+            in_full = ask()
         with reft.disabled(*{bound.edit.name for bound in swaps}):
             none = ask()
         generator, random = torch.Generator().manual_seed(seed), []
@@ -169,7 +171,7 @@ def interchanges(
                 notes.append(f"directions of {name!r} were not left out one by one: {why}")
                 continue
             for k in chosen:
-                if budget is not None and time.perf_counter() - began > budget:
+                if clock.used_up:
                     notes.append(f"the time was over before direction {k} of {name!r} was left out")
                     break
                 found = ask(subspace={name: [other for other in chosen if other != k]})
@@ -177,7 +179,7 @@ def interchanges(
                 removed.append(DirectionRemoved(name, k, wilson(found), change))
         ranks = {bound.key: _rank(reft, bound) for bound in swaps}
     return InterchangeAccuracy(
-        match, right, whole, none, torch.stack(random), ranks, tuple(removed), "; ".join(notes), seed
+        match, right, in_full, none, torch.stack(random), ranks, tuple(removed), "; ".join(notes), seed
     )
 
 

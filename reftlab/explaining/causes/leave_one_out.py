@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from reftlab.errors import DataError
-from reftlab.explaining.altering import Change, altered_at, only_along, without_directions
+from reftlab.explaining.altering import Change, altered, only_along, without_directions
 from reftlab.explaining.causes.game import Coalitions
 from reftlab.explaining.causes.parts import By, Part, game_of, taken_apart
+from reftlab.explaining.progress import ticking
 from reftlab.explaining.subject import Subject
 from reftlab.measuring import Behaviour, Estimate, change_of
 from reftlab.runtime.modes import evaluating
+from reftlab.training.settings import whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -205,12 +205,7 @@ def leave_one_out(
     """
     subject = Subject.of("leave_one_out", reft, examples, metric, chat=chat, system=system, sources=sources)
     parts = taken_apart(subject, by, of)
-    with tqdm(disable=not progress, desc="leave one out") as bar:
-
-        def tick(what: str) -> None:
-            bar.set_postfix_str(what, refresh=False)
-            bar.update()
-
+    with ticking("leave one out", "runs", progress) as tick:
         return left_out(reft, subject.behaviour, parts, draws=draws, seed=seed, tick=tick)
 
 
@@ -234,8 +229,7 @@ def left_out(
         draws, seed: as for `leave_one_out`.
         tick: called after each measurement with a few words for a progress bar.
     """
-    if type(draws) is not int or draws < 0:
-        raise DataError(f"draws={draws!r}: expected a whole number of 0 or more")
+    draws = whole("draws", draws, 0)
     game = game_of(reft, behaviour, parts, tick) if game is None else game
     everyone = game.everything
     without = torch.stack([game(everyone - {part}) for part in range(len(parts))])
@@ -262,7 +256,7 @@ def _controls(
     key, found, note = parts[0].edits[0], [], ""
 
     def measured(change: Change, what: str) -> Tensor:
-        with evaluating(reft), torch.no_grad(), altered_at(reft, {key: change}):
+        with evaluating(reft), torch.no_grad(), altered(reft, {key: change}):
             values = behaviour().double()
         tick(what)
         return values

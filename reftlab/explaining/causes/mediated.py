@@ -16,6 +16,7 @@ from reftlab.errors import DataError
 from reftlab.measuring import Estimate, mean_of, share_kept
 from reftlab.sweeping.drawing import inline
 from reftlab.sweeping.result import SiteLabel
+from reftlab.training.settings import whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -140,6 +141,13 @@ class Mediation:
         # 0 is added so that no share is shown as −0.
         return np.asarray((changes * weights).sum(-1) / (self._effects * weights).sum() + 0.0)
 
+    @property
+    def sentence(self) -> str:
+        """The finding in plain words."""
+        from reftlab.explaining.causes.saying import of_mediation
+
+        return of_mediation(self)
+
     def to_frame(self) -> pd.DataFrame:
         """One line a cell: site, block, head, column, and each share with the ends of its interval."""
         import pandas as pd
@@ -161,8 +169,7 @@ class Mediation:
 
     def top(self, k: int = 10, kind: Kind = "sufficiency") -> pd.DataFrame:
         """The `k` cells with the largest share of either sign, largest first."""
-        if type(k) is not int or k < 1:
-            raise DataError(f"k={k!r}: expected a whole number of 1 or more")
+        whole("k", k, 1)
         self._changes(kind)
         frame = self.to_frame()
         order = frame[kind].abs().sort_values(ascending=False, kind="stable").index

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -14,12 +13,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from reftlab.errors import DataError
+from reftlab.explaining.budget import Budget
 from reftlab.explaining.causes.asking import Runs, shared_out
 from reftlab.explaining.causes.columns import Columns, columns_of
 from reftlab.explaining.causes.given import Noted, Placed, placed_at, whole_place
 from reftlab.explaining.causes.mediated import ANSWER, Mediation
+from reftlab.explaining.subject import Subject
 from reftlab.graph import BASE
-from reftlab.measuring import Question, metrics_of, question_of
+from reftlab.measuring import Question, metrics_of
 from reftlab.runtime.cone import BlockStack, reasons_against
 from reftlab.runtime.modes import evaluating
 from reftlab.sweeping.metric import Measured, Metric
@@ -89,15 +90,11 @@ def mediate(
 
     >>> rl.mediate(reft, [("What is the sea like?", "🌊🐠🐚")]).plot()        # doctest: +SKIP
     """
-    _check(budget, heads=heads, necessity=necessity, progress=progress)
-    with evaluating(reft), torch.no_grad():
-        question = question_of(
-            reft, examples, metric, chat=chat, system=system, sources=sources, who="mediate"
-        )
-        return mediation(
-            reft, question, sites, positions,
-            heads=heads, necessity=necessity, budget=budget, progress=progress, seed=seed,
-        )  # fmt: skip
+    subject = Subject.of("mediate", reft, examples, metric, chat=chat, system=system, sources=sources)
+    return mediation(
+        reft, subject.question, sites, positions,
+        heads=heads, necessity=necessity, budget=budget, progress=progress, seed=seed,
+    )  # fmt: skip
 
 
 def mediation(
@@ -113,14 +110,21 @@ def mediation(
     seed: int = 0,
 ) -> Mediation:
     """`mediate` on examples that are prepared already; see there."""
-    began = time.perf_counter()
+    clock = Budget(budget)
+    for name, value in (("heads", heads), ("necessity", necessity), ("progress", progress)):
+        if type(value) is not bool:
+            raise DataError(f"{name}={value!r}: expected True or False")
     swept = swept_sites(reft, sites, heads)
     columns = columns_of(question, positions, reft.tokenizer)
-    work = _Work(reft, question, swept, columns, necessity)
-    cells = len(swept) * work.cells_a_site
-    with tqdm(total=cells, desc="mediation", unit="cell", disable=not progress) as bar:
+    with (
+        evaluating(reft),
+        torch.no_grad(),
+        tqdm(desc="mediation", unit="cell", disable=not progress) as bar,
+    ):
+        work = _Work(reft, question, swept, columns, necessity)
+        bar.total = len(swept) * work.cells_a_site
         for number in _spread_out(len(swept)):
-            if budget is not None and time.perf_counter() - began > budget:
+            if clock.used_up:
                 work.count(_LATE, work.cells_a_site * len(question.examples))
                 work.left.append(swept[number].name)
             else:
@@ -143,7 +147,7 @@ def mediation(
         work.why,
         " ".join(note for note in (columns.note, _left_out(work.left, len(swept))) if note),
         seed,
-        time.perf_counter() - began,
+        clock.spent,
     )
 
 
@@ -329,11 +333,3 @@ def _left_out(names: Sequence[str], count: int) -> str:
     if not names:
         return ""
     return f"The time was over after {count - len(names)} of {count} sites; left out: {', '.join(names)}."
-
-
-def _check(budget: Any, **switches: Any) -> None:
-    for name, value in switches.items():
-        if type(value) is not bool:
-            raise DataError(f"{name}={value!r}: expected True or False")
-    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int | float) or budget < 0):
-        raise DataError(f"budget={budget!r}: expected seconds, 0 or more, or None")

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from reftlab.address import Given
 from reftlab.errors import DataError, did_you_mean
-from reftlab.explaining.altering import Change, Written, altered_at, nothing, only_along, without_directions
+from reftlab.explaining.altering import Change, Written, altered, nothing, only_along, without_directions
 from reftlab.explaining.causes.game import Coalitions
 from reftlab.explaining.causes.tokens import Token, named_tokens
-from reftlab.explaining.geometry.directions import CONSTANT, find_directions
+from reftlab.explaining.geometry.directions import CONSTANT, directions_of
 from reftlab.explaining.geometry.record import Recorded
 from reftlab.measuring import Behaviour
 from reftlab.runtime import BoundModel
@@ -128,7 +128,7 @@ def present(reft: BoundModel, parts: Sequence[Part], chosen: Collection[int]) ->
         else:
             (bound,) = (bound for bound in reft.edits if bound.key == key)
             changes[key] = _only_tokens(bound, frozenset(part.token for acts, part in mine if acts))
-    with altered_at(reft, changes):
+    with altered(reft, changes):
         yield reft
 
 
@@ -238,8 +238,7 @@ def _dimensions(
     vectors = recorded.vectors.get(bound.key)
     if vectors is None or not bool(vectors.delta.any()):
         raise DataError(f"edit {bound.key!r} changes no token of these examples, so it has no dimensions")
-    built = reft.interventions[bound.module]
-    found = find_directions(built, bound.edit.strength, vectors, bound.edit.subspace)
+    found = directions_of(reft, {bound.key: vectors})[bound.key]
     parts = [
         Part(label if label == CONSTANT else f"direction {label}", "dimension", (bound.key,), None, row[None])
         for label, row in zip(found.labels, found.write, strict=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from reftlab.explaining.altering import Change, altered, nothing, without_directions
+from reftlab.explaining.altering import Change, altered, nothing, sharing, without_directions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -137,7 +137,7 @@ def removals(
     full = behaviour.full
 
     def removed(key: str, what: What, label: str, change: Change) -> Removed:
-        with altered(reft, {modules[key]: change}):
+        with altered(reft, dict.fromkeys(sharing(reft, modules[key]), change)):
             loss = behaviour()
         tick(f"without {key} {label}".strip())
         mean = behaviour.mean(loss)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from reftlab.errors import DataError
 from reftlab.explaining.causes.game import Coalitions, solved
 from reftlab.explaining.causes.parts import By, game_of, taken_apart
+from reftlab.explaining.progress import ticking
 from reftlab.explaining.subject import Subject
 from reftlab.measuring import Estimate, change_of
 
@@ -100,6 +100,20 @@ class ShapleyValues:
     def _estimate(self, values: Tensor) -> Estimate:
         return change_of(values, self.weights, torch.stack([self.full, self.none]), seed=self.seed)
 
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Each part's share of the whole effect; NaN where that is not told from 0."""
+        whole = self.effect
+        told = whole.value != 0 and (len(self.weights) < 2 or whole.excludes(0.0))
+        return tuple(one.value / whole.value if told else float("nan") for one in self.estimates)
+
+    @property
+    def sentence(self) -> str:
+        """The finding in plain words."""
+        from reftlab.explaining.causes.saying import of_shapley
+
+        return of_shapley(self)
+
     def to_frame(self) -> pd.DataFrame:
         """One line a part, in `unit`.
 
@@ -109,9 +123,7 @@ class ShapleyValues:
         """
         import pandas as pd
 
-        found, last, whole = self.estimates, self.left_out, self.effect
-        told = len(self.weights) < 2 or whole.excludes(0.0)
-        nan = float("nan")
+        found, last, nan = self.estimates, self.left_out, float("nan")
         sampled = self.sampling or (Estimate(nan, nan, nan),) * len(found)
         return pd.DataFrame(
             {
@@ -123,7 +135,7 @@ class ShapleyValues:
                 "sampling_high": [one.high for one in sampled],
                 "left_out": [one.value for one in last],
                 "difference": [one.value - other.value for one, other in zip(found, last, strict=True)],
-                "share": [one.value / whole.value if told and whole.value else nan for one in found],
+                "share": list(self.shares),
             }
         )
 
@@ -215,12 +227,7 @@ def shapley(
     """
     subject = Subject.of("shapley", reft, examples, metric, chat=chat, system=system, sources=sources)
     parts = taken_apart(subject, by, of)
-    with tqdm(disable=not progress, desc="shapley", unit=" sets") as bar:
-
-        def tick(what: str) -> None:
-            bar.set_postfix_str(what, refresh=False)
-            bar.update()
-
+    with ticking("shapley", "sets", progress) as tick:
         game = game_of(reft, subject.behaviour, parts, tick)
         return shapley_values(
             game, exact_up_to=exact_up_to, permutations=permutations, budget=budget, seed=seed

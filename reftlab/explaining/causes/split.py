@@ -108,6 +108,13 @@ class DirectEffects:
     def __getitem__(self, edit: str) -> DirectEffect:
         return {effect.edit: effect for effect in self.effects}[edit]
 
+    @property
+    def sentence(self) -> str:
+        """The finding in plain words."""
+        from reftlab.explaining.causes.saying import of_direct
+
+        return of_direct(self)
+
     def to_frame(self) -> pd.DataFrame:
         """One line an edit: its direct and total effect and their shares, with ends of intervals."""
         import pandas as pd

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reftlab.explaining.geometry.directions import Directions, find_directions
+from reftlab.explaining.geometry.directions import Directions, directions_of
 from reftlab.explaining.geometry.tokens import token_effects
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from reftlab.runtime import BoundModel
     from reftlab.runtime.places import BoundEdit
 
-__all__ = ["Collision", "find_collisions", "shares_place"]
+__all__ = ["Collision", "find_collisions"]
 
 _WRITTEN = 0.01
 """Share of what an edit writes that has to lie along a direction for it to count."""
@@ -82,12 +82,6 @@ class Collision:
         )
 
 
-def shares_place(x: BoundEdit, y: BoundEdit) -> bool:
-    """Whether two edits are given the same features of the same site in the same run."""
-    here, there = ((s.module, s.side, s.leaf, s.part) for s in (x.site, y.site))
-    return here == there and (x.width, x.edit.run, x.edit.view) == (y.width, y.edit.run, y.edit.view)
-
-
 def find_collisions(
     reft: BoundModel,
     recorded: Recorded,
@@ -116,10 +110,7 @@ def find_collisions(
     subspaces" (1973).
     """
     bound = [edit for edit in reft.edits if edit.key in recorded.vectors]
-    directions: dict[str, Directions] = {}
-    for edit in bound:
-        built, vectors = reft.interventions[edit.module], recorded.vectors[edit.key]
-        directions[edit.key] = find_directions(built, edit.edit.strength, vectors, edit.edit.subspace)
+    directions = directions_of(reft, recorded.vectors)
     found: list[Collision] = []
     for first, second in pairs:
         for number, x in enumerate(bound):
@@ -134,7 +125,7 @@ def find_collisions(
 
 
 def _comparable(x: BoundEdit, y: BoundEdit, recorded: Recorded) -> bool:
-    if shares_place(x, y):
+    if x.shares_place(y):
         return True
     lens = recorded.lens
     both = all((one.site.module, one.site.side) in lens.stream for one in (x, y))
@@ -172,7 +163,7 @@ def _between(
         for part, whole in zip(amounts, (one, other), strict=True)
     ]
     named = _named(reft, recorded, y, shared, amounts[1], top)
-    place = str(x.site) if shares_place(x, y) else f"{x.site} → {y.site}"
+    place = str(x.site) if x.shares_place(y) else f"{x.site} → {y.site}"
     chance = float(torch.rad2deg(torch.arccos(torch.tensor(limit))))
     found = []
     for number, way in enumerate(shared):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -13,25 +12,22 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from reftlab.errors import BindError, GraphError
-from reftlab.explaining.composition.collisions import find_collisions, shares_place
-from reftlab.explaining.composition.composition import Alone, Composition, PairEffect, Together
+from reftlab.explaining.budget import Budget
+from reftlab.explaining.composition.collisions import find_collisions
+from reftlab.explaining.composition.composition import Alone, Composition, PairEffect, Together, units_of
 from reftlab.explaining.composition.interference import interference
-from reftlab.explaining.evidence.subject import above_rounding, recorded_on
-from reftlab.measuring import Behaviour, Estimate, behaviour_of, mean_of, share_kept
-from reftlab.measuring.inputs import accepted
-from reftlab.runtime.calls import continues_texts
+from reftlab.explaining.subject import Subject, asked
+from reftlab.measuring import Estimate, behaviour_of, change_of, mean_of, rounding_in, share_kept
 from reftlab.runtime.modes import evaluating
 from reftlab.sweeping.metric import Measured, Metric, References
-from reftlab.training.collate import Collator, moved
-from reftlab.training.data import Example, encode
+from reftlab.training.settings import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from reftlab.runtime import BoundModel
-    from reftlab.training.replies import PromptForm
 
-__all__ = ["Bench", "Subject", "composed"]
+__all__ = ["Bench", "Others", "composed"]
 
 _MOST_LOGITS = 50_000_000
 """Numbers of logits that are held at once."""
@@ -80,45 +76,36 @@ class _KeptLogits(Metric):
         return "kept logits"
 
 
-@dataclass(eq=False)
-class Subject:
-    """A bound model on its examples, and how any other is measured on the same."""
+class Others:
+    """The behaviour of a subject with other edits: some of its own alone, or in another order.
 
-    reft: BoundModel
-    rows: list[Example]
-    behaviour: Behaviour
-    metric: Any
-    form: PromptForm
-    sources: Mapping[str, Mapping[str, Any]] | None
-    known: dict[frozenset[str], Tensor] = field(default_factory=dict)
+    Args:
+        subject: what is explained.
 
-    @classmethod
-    def of(
-        cls,
-        reft: BoundModel,
-        rows: list[Example],
-        metric: Any,
-        form: PromptForm,
-        sources: Mapping[str, Mapping[str, Any]] | None,
-    ) -> Subject:
-        """Choose what is measured, as `behaviour_of` does; `form` is said for models made of parts too."""
-        answered = continues_texts(reft.model) and any(row.answer is not None for row in rows)
-        measured = _FromEdited() if metric is None and not answered else metric
-        behaviour = behaviour_of(reft, rows, measured, sources=sources, **form)
-        return cls(reft, rows, behaviour, measured, form, sources)
+    Attributes:
+        subject: the same, with a metric that serves for all of these.
+        behaviour: that of the subject itself.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        if subject.metric is None and not subject.question.answered:
+            # The divergence is from one model, whichever is measured.
+            subject = replace(subject, metric=_FromEdited())
+        self.subject, self.behaviour = subject, subject.behaviour
+        self._known: dict[frozenset[str], Tensor] = {}
 
     def with_only(self, names: tuple[str, ...]) -> Tensor:
         """The behaviour with these edits alone, `(example,)`."""
         key = frozenset(names)
-        if key not in self.known:
-            with _only(self.reft, names):
-                self.known[key] = self.behaviour()
-        return self.known[key]
+        if key not in self._known:
+            with _only(self.subject.reft, names):
+                self._known[key] = self.behaviour()
+        return self._known[key]
 
     def reversed(self, first: tuple[str, ...], second: tuple[str, ...]) -> Tensor:
         """The behaviour where `second` acts before `first` at the sites that they share."""
-        other = self.reft.select(*second) + self.reft.select(*first)
-        return behaviour_of(other, self.rows, self.metric, sources=self.sources, **self.form).full
+        reft = self.subject.reft
+        return replace(self.subject, reft=reft.select(*second) + reft.select(*first)).behaviour.full
 
 
 def _only(reft: BoundModel, names: tuple[str, ...]) -> Any:
@@ -131,7 +118,7 @@ def _only(reft: BoundModel, names: tuple[str, ...]) -> Any:
 class Bench:
     """Everything that pairs are measured with."""
 
-    subject: Subject
+    others: Others
     units: Units
     logits: Callable[[tuple[str, ...]], Tensor]
     batch: dict[str, Any]
@@ -141,36 +128,39 @@ class Bench:
     def change(self, *units: str) -> Tensor:
         """The change that these units make together, `(example,)`."""
         names = tuple(name for unit in units for name in self.units[unit])
-        return self.subject.with_only(names) - self.subject.behaviour.bare
+        return self.others.with_only(names) - self.others.behaviour.bare
 
     def estimate(self, values: Tensor) -> Estimate:
-        return mean_of(values, self.subject.behaviour.weights, seed=self.seed)
+        return mean_of(values, self.others.behaviour.weights, seed=self.seed)
+
+    def difference(self, values: Tensor, *runs: Tensor) -> Estimate:
+        """As `estimate`, of what sums and differences of runs leave."""
+        weights, step = self.others.behaviour.weights, rounding_in(self.others.subject.reft.model)
+        return change_of(values, weights, torch.stack(runs), step=step, seed=self.seed)
 
     def together(self, *units: str) -> Together:
         """What some units do together."""
         alone = torch.stack([self.change(unit) for unit in units])
-        both, bare = self.change(*units), self.subject.behaviour.bare
-        size = both.abs() + alone.abs().sum(0) + (len(units) + 1) * bare.abs()
-        apart = above_rounding(both - alone.sum(0), size, self.subject.reft)
-        return Together(self.estimate(both), self.estimate(alone.sum(0)), self.estimate(apart))
+        both, bare = self.change(*units), self.others.behaviour.bare
+        apart = self.difference(both - alone.sum(0), both, *alone, *[bare] * (len(units) + 1))
+        return Together(self.estimate(both), self.estimate(alone.sum(0)), apart)
 
     def pair(self, a: str, b: str) -> PairEffect:
         """What two units do together, and in the other order."""
-        found, subject = self.together(a, b), self.subject
+        found, others = self.together(a, b), self.others
         turned = order = commutator = None
         first = self._first(a, b)
         if first is not None:
             commutator = self._commutator(a, b)
             last = b if first == a else a
             try:
-                other = subject.reversed(self.units[first], self.units[last])
+                other = others.reversed(self.units[first], self.units[last])
             except (BindError, GraphError) as error:
                 self.notes.append(f"{a} and {b} cannot be taken apart, so not in the other order: {error}")
             else:
-                bare, both = subject.behaviour.bare, self.change(a, b)
-                apart = other - bare - both
-                apart = above_rounding(apart, other.abs() + both.abs() + bare.abs(), subject.reft)
-                turned, order = self.estimate(other - bare), self.estimate(apart)
+                bare, both = others.behaviour.bare, self.change(a, b)
+                turned = self.estimate(other - bare)
+                order = self.difference(other - bare - both, other, bare, both)
         return PairEffect(
             found.effect, found.expected, found.interaction, a, b, turned, order, commutator,
             self._on_logits(a, b),
@@ -178,17 +168,17 @@ class Bench:
 
     def _first(self, a: str, b: str) -> str | None:
         """Which of two acts first at the first site that they share; None where they share none."""
-        bound = self.subject.reft.edits
+        bound = self.others.subject.reft.edits
         for number, x in enumerate(bound):
             for one, other in ((a, b), (b, a)):
                 later = (y for y in bound[number + 1 :] if y.edit.name in self.units[other])
-                if x.edit.name in self.units[one] and any(shares_place(x, y) for y in later):
+                if x.edit.name in self.units[one] and any(map(x.shares_place, later)):
                     return one
         return None
 
     def _commutator(self, a: str, b: str) -> float | None:
         first, second = self.units[a], self.units[b]
-        both = self.subject.reft.select(*first, *second)
+        both = self.others.subject.reft.select(*first, *second)
         held = []
         for pair in interference(both, self.batch).pairs:
             # A task's part of an edit is named `edit (task)`.
@@ -210,14 +200,23 @@ class Bench:
         return share_kept(apart, torch.zeros_like(size), size, seed=self.seed)
 
 
+@torch.no_grad()
 def composed(
-    subject: Subject, units: Units, *, max_pairs: int, budget: float, progress: bool, seed: int
+    subject: Subject,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    *,
+    max_pairs: int = 15,
+    budget: float | None = None,
+    progress: bool = True,
+    seed: int = 0,
 ) -> Composition:
-    """Measure units alone, in pairs and all together; see `composition` for the arguments."""
-    reft, behaviour, started = subject.reft, subject.behaviour, time.monotonic()
-    notes: list[str] = []
+    """`composition` of what is prepared already; see there."""
+    whole("max_pairs", max_pairs, 1)
+    clock, units, reft, notes = Budget(budget), units_of(subject.reft, groups), subject.reft, list[str]()
+    others = Others(subject)
     with evaluating(reft), tqdm(disable=not progress, desc="composition", total=len(units)) as bar:
-        bench = Bench(subject, units, _logits(subject, units, notes), _batch(subject, notes), seed, notes)
+        behaviour = others.behaviour
+        bench = Bench(others, units, _logits(subject, units, notes), _batch(subject, notes), seed, notes)
         alone = []
         for name in units:
             alone.append(Alone(name, bench.estimate(bench.change(name))))
@@ -226,17 +225,13 @@ def composed(
         bar.total = len(units) + len(chosen)
         pairs: list[PairEffect] = []
         for number, (a, b) in enumerate(chosen):
-            if number and time.monotonic() - started > budget:
+            if number and clock.used_up:
                 notes.append(f"the budget of {budget:g} s was used up after {number} of {len(chosen)} pairs")
                 break
             pairs.append(bench.pair(a, b))
             bar.update()
-        recorded = recorded_on(
-            reft, subject.rows, answers=behaviour.unit == "nats per answer token",
-            sources=subject.sources, **subject.form,
-        )  # fmt: skip
         measured = [(units[one.a], units[one.b]) for one in pairs]
-        collisions = find_collisions(reft, recorded, measured)
+        collisions = find_collisions(reft, subject.recorded, measured)
         bar.total = bar.n
     return Composition(
         behaviour.name, behaviour.unit, len(behaviour.full), tuple(alone), tuple(pairs),
@@ -263,8 +258,7 @@ def _logits(subject: Subject, units: Units, notes: list[str]) -> Callable[[tuple
     if len(rows) > most and not subject.sources:
         rows = rows[:most]
         notes.append(f"logits were compared on the first {most} examples")
-    asked = [replace(row, answer=None) for row in rows]
-    behaviour = behaviour_of(reft, asked, keeper, sources=subject.sources, **subject.form)
+    behaviour = behaviour_of(reft, rows, keeper, sources=subject.sources, **subject.form)
     known: dict[frozenset[str], Tensor] = {}
 
     def logits(names: tuple[str, ...]) -> Tensor:
@@ -272,7 +266,7 @@ def _logits(subject: Subject, units: Units, notes: list[str]) -> Callable[[tuple
         if key not in known:
             with _only(reft, names):
                 behaviour()
-            found = torch.stack([keeper.found[number] for number in range(len(asked))])
+            found = torch.stack([keeper.found[number] for number in range(len(rows))])
             if len(names) > max(map(len, units.values())):
                 return found  # two together are asked for once
             known[key] = found
@@ -282,14 +276,9 @@ def _logits(subject: Subject, units: Units, notes: list[str]) -> Callable[[tuple
 
 
 def _batch(subject: Subject, notes: list[str]) -> dict[str, Any]:
-    """Prompts as one batch of the model's inputs, padded on the left."""
-    reft, rows = subject.reft, subject.rows
-    assert reft.tokenizer is not None
+    """Some of the prompts as one batch."""
+    rows = subject.rows
     if len(rows) > _PROMPTS and not subject.sources:
         rows = rows[:_PROMPTS]
         notes.append(f"commutators were measured on the first {_PROMPTS} examples")
-    asked = [replace(row, answer=None) for row in rows]
-    batch = moved(Collator.of(reft.tokenizer, "left")(encode(reft.tokenizer, asked, **subject.form)), reft)
-    taken = accepted(reft.model) - {"labels", "positions"}
-    found = {name: value for name, value in batch.items() if name in taken}
-    return found | ({"sources": subject.sources} if subject.sources else {})
+    return asked(subject.reft, rows, subject.form, subject.sources)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from reftlab.errors import DataError, did_you_mean
 from reftlab.explaining.composition.collisions import Collision
-from reftlab.explaining.evidence.subject import check_budget, whole_number
+from reftlab.explaining.subject import Subject
 from reftlab.measuring import Estimate
-from reftlab.measuring.question import checked_examples
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +21,7 @@ if TYPE_CHECKING:
     from reftlab.runtime import BoundModel
     from reftlab.sweeping.metric import Metric
 
-__all__ = ["Alone", "Composition", "PairEffect", "Together", "composition"]
+__all__ = ["Alone", "Composition", "PairEffect", "Together", "composition", "units_of"]
 
 
 @dataclass(frozen=True)
@@ -222,20 +219,13 @@ def composition(
     >>> rl.composition(emoji + formal, examples).sentence              # doctest: +SKIP
     'Together, emoji and formal change the answer loss by −0.8 …'
     """
-    from reftlab.explaining.composition.composing import Subject, composed
+    from reftlab.explaining.composition.composing import composed
 
-    rows, form = checked_examples("composition", reft, examples, chat, system, sources)
-    whole_number("max_pairs", max_pairs, 1)
-    check_budget(budget)
-    subject = Subject.of(reft, rows, metric, form, sources)
-    limit = math.inf if budget is None else budget
-    with torch.no_grad():
-        return composed(
-            subject, _units(reft, groups), max_pairs=max_pairs, budget=limit, progress=progress, seed=seed
-        )
+    subject = Subject.of("composition", reft, examples, metric, chat=chat, system=system, sources=sources)
+    return composed(subject, groups, max_pairs=max_pairs, budget=budget, progress=progress, seed=seed)
 
 
-def _units(reft: BoundModel, groups: Mapping[str, Sequence[str]] | None) -> dict[str, tuple[str, ...]]:
+def units_of(reft: BoundModel, groups: Mapping[str, Sequence[str]] | None) -> dict[str, tuple[str, ...]]:
     """Names of the edits of each unit."""
     known = [edit.name for edit in reft.graph.edits]
     units: dict[str, tuple[str, ...]]

@@ -15,15 +15,14 @@ from torch import Tensor
 from reftlab.address import head_name
 from reftlab.errors import DataError
 from reftlab.explaining.geometry.angles import principal_angles
+from reftlab.explaining.subject import asked
 from reftlab.graph import BASE, Read
 from reftlab.graph.nodes import replace_read
 from reftlab.interventions import Intervention
-from reftlab.measuring.inputs import accepted
 from reftlab.runtime.modes import evaluating
 from reftlab.runtime.places import BoundEdit
 from reftlab.runtime.reading import ReadValues
-from reftlab.training.collate import Collator, moved
-from reftlab.training.data import Example, as_examples, encode
+from reftlab.training.data import Example, as_examples
 from reftlab.training.replies import prompt_form
 
 if TYPE_CHECKING:
@@ -166,7 +165,7 @@ def interference(reft: BoundModel, prompts: Any) -> Interference:
     with evaluating(reft), torch.no_grad():
         effects = _Effects(reft, inputs)
         shared = {
-            (a, b): [(x, y) for x in a.bound for y in b.bound if _same_place(x, y)]
+            (a, b): [(x, y) for x in a.bound for y in b.bound if x.shares_place(y)]
             for a, b in combinations(units, 2)
         }
         bare = _bare(reft, dict.fromkeys(e for both in shared.values() for two in both for e in two), inputs)
@@ -276,16 +275,8 @@ def _inputs(reft: BoundModel, prompts: Any) -> dict[str, Any]:
     rows = as_examples([prompts] if isinstance(prompts, str) else prompts)
     if rows[0].positions is not None:
         raise DataError("interference takes the edits' own positions; leave those of the examples out")
-    asked = [Example(row.prompt, sources=row.sources) for row in rows]
-    encoded = encode(reft.tokenizer, asked, **prompt_form(reft, reft.tokenizer, None))
-    batch = moved(Collator.of(reft.tokenizer, "left")(encoded), reft)
-    texts = accepted(reft.model) - {"labels"}
-    return {name: value for name, value in batch.items() if name in texts}
-
-
-def _same_place(x: BoundEdit, y: BoundEdit) -> bool:
-    here, there = ((s.module, s.side, s.leaf, s.part) for s in (x.site, y.site))
-    return here == there and (x.width, x.edit.run, x.edit.view) == (y.width, y.edit.run, y.edit.view)
+    plain = [Example(row.prompt, sources=row.sources) for row in rows]
+    return asked(reft, plain, prompt_form(reft, reft.tokenizer, None))
 
 
 Acting = tuple[BoundEdit, _Unit]

@@ -13,11 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reftlab.errors import DataError
-from reftlab.explaining.evidence.subject import check_budget, recorded_on, whole_number
+from reftlab.explaining.budget import Budget
 from reftlab.explaining.evidence.substitutes import Claim, What
-from reftlab.measuring import Behaviour, Estimate, behaviour_of
-from reftlab.measuring.question import checked_examples
+from reftlab.explaining.subject import Subject
+from reftlab.measuring import Behaviour, Estimate
 from reftlab.runtime.modes import evaluating
+from reftlab.training.settings import whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -250,14 +251,11 @@ def faithfulness(
     >>> rl.faithfulness(reft, examples).sentence                       # doctest: +SKIP
     'Keeping only the direction that each edit writes most along keeps 0.97 of the effect …'
     """
-    rows, form = checked_examples("faithfulness", reft, examples, chat, system, sources)
+    subject = Subject.of("faithfulness", reft, examples, metric, chat=chat, system=system, sources=sources)
     check_settings(top, draws, folds, enough, max_edits, budget)
-    behaviour = behaviour_of(reft, rows, metric, sources=sources, who="faithfulness", **form)
-    with evaluating(reft), torch.no_grad():
-        recorded = recorded_on(reft, rows, answers=metric is None, sources=sources, **form)
     return faithful(
-        reft, behaviour, recorded, top=top, draws=draws, folds=folds, enough=enough, max_edits=max_edits,
-        budget=budget, progress=progress, seed=seed,
+        reft, subject.behaviour, subject.recorded, top=top, draws=draws, folds=folds, enough=enough,
+        max_edits=max_edits, budget=budget, progress=progress, seed=seed,
     )  # fmt: skip
 
 
@@ -285,26 +283,26 @@ def faithful(
     """
     from reftlab.explaining.evidence.substituting import Settings, substituted
 
-    check_settings(top, draws, folds, enough, max_edits, budget)
+    clock = check_settings(top, draws, folds, enough, max_edits, budget)
     soft = [b.key for b in reft.edits if b.edit.when is not None and b.edit.when.gates]
     if soft:
         return Faithfulness.unavailable(
             f"{soft[0]!r} acts under a soft gate, which weighs each change anew; what would act in its place "
             "would be weighed twice"
         )
-    settings = Settings(top, draws, folds, enough, max_edits, budget, progress, seed)
+    settings = Settings(top, draws, folds, enough, max_edits, clock, progress, seed)
     with evaluating(reft), torch.no_grad():
         return substituted(reft, behaviour, recorded, settings)
 
 
 def check_settings(
     top: int | None, draws: int, folds: int, enough: float, max_edits: int, budget: float | None
-) -> None:
-    """Refuse settings that cannot be used."""
+) -> Budget:
+    """Refuse settings that cannot be used, and begin to count the time."""
     if top is not None:
-        whole_number("top", top, 1)
+        whole("top", top, 1)
     for name, value, low in (("draws", draws, 0), ("folds", folds, 1), ("max_edits", max_edits, 0)):
-        whole_number(name, value, low)
+        whole(name, value, low)
     if not isinstance(enough, int | float) or not 0 < enough <= 1:
         raise DataError(f"enough={enough!r}: expected a share above 0 and up to 1, such as 0.9")
-    check_budget(budget)
+    return Budget(budget)

@@ -25,7 +25,7 @@ __all__ = [
     "Fit",
     "Pool",
     "What",
-    "change_of",
+    "claimed",
     "control_for",
     "control_of",
     "fit",
@@ -201,7 +201,7 @@ def fit(pool: Pool, rows: Bool[Tensor, " vector"] | None = None) -> Fit:
     return Fit(directions, mean, base.mean(0), length, relative, write, read)
 
 
-def change_of(claim: Claim, fitted: Fit) -> Change:
+def claimed(claim: Claim, fitted: Fit) -> Change:
     """What to add in the place of an edit, by what an explanation says of it."""
     if claim.what == "constant":
         return _always(fitted.mean)

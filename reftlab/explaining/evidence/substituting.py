@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,21 +11,21 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from reftlab.explaining.altering import Change, altered, nothing
+from reftlab.explaining.altering import Change, altered, nothing, sharing
+from reftlab.explaining.budget import Budget
 from reftlab.explaining.evidence.faithfulness import ALL_EDITS, Faithfulness, Headline, Kept
-from reftlab.explaining.evidence.subject import above_rounding
 from reftlab.explaining.evidence.substitutes import (
     Claim,
     Control,
     Fit,
     Pool,
-    change_of,
+    claimed,
     control_for,
     control_of,
     fit,
     pools,
 )
-from reftlab.measuring import Behaviour, Estimate, mean_of, share_kept
+from reftlab.measuring import Behaviour, Estimate, change_of, mean_of, rounding_in, share_kept
 
 if TYPE_CHECKING:
     from reftlab.explaining.geometry.record import Recorded
@@ -50,7 +49,7 @@ class Settings(NamedTuple):
     folds: int
     enough: float
     max_edits: int
-    budget: float | None
+    budget: Budget
     progress: bool
     seed: int
 
@@ -62,16 +61,17 @@ class _Runs:
     reft: BoundModel
     behaviour: Behaviour
     bar: tqdm[Any]
-    deadline: float
+    budget: Budget
     done: int = 0
     left_out: int = 0
 
     def __call__(self, changes: Mapping[str, Change]) -> Tensor | None:
-        """The behaviour with these changes; None where the time is up, but for the first run."""
-        if self.done and time.monotonic() > self.deadline:
+        """The behaviour with these changes, by intervention; None where the time is up, but for the first."""
+        if self.done and self.budget.used_up:
             self.left_out += 1
             return None
-        with altered(self.reft, changes):
+        at = {key: change for one, change in changes.items() for key in sharing(self.reft, one)}
+        with altered(self.reft, at):
             values = self.behaviour()
         self.done += 1
         self.bar.update()
@@ -99,7 +99,7 @@ class _Subject:
         """Measure what is left when a claim takes the edits' place."""
         found = torch.zeros_like(self.full)
         for fold, fits in enumerate(self.fits):
-            values = runs({module: change_of(claim, one) for module, one in fits.items()})
+            values = runs({module: claimed(claim, one) for module, one in fits.items()})
             if values is None:
                 runs.left_out += len(self.fits) - fold - 1
                 return
@@ -152,10 +152,9 @@ def substituted(
     if int(fold_of.max()) == 0 and settings.folds > 1:
         notes.append(f"with {count} examples, explanations were fitted on those they are measured on")
     fits, whole = _fitted(found, behaviour, fold_of, notes), {m: fit(pool) for m, pool in found.items()}
-    limit = math.inf if settings.budget is None else settings.budget
     bar: tqdm[Any]
     with tqdm(disable=not settings.progress, desc="faithfulness", total=0) as bar:
-        runs = _Runs(reft, behaviour, bar, time.monotonic() + limit)
+        runs = _Runs(reft, behaviour, bar, settings.budget)
         together = _Subject(
             ALL_EDITS, behaviour.bare, behaviour.full, behaviour.weights, fold_of, fits, whole
         )
@@ -166,7 +165,7 @@ def substituted(
         bar.total = bar.n
     if runs.left_out:
         notes.append(
-            f"the budget of {settings.budget:g} s was used up: {runs.done} runs were made, "
+            f"the budget of {settings.budget.seconds:g} s was used up: {runs.done} runs were made, "
             f"{runs.left_out} were left out"
         )
     headline = _headline(together.kept(settings.seed), behaviour, settings, notes)
@@ -303,8 +302,8 @@ def _tells(behaviour: Behaviour, some: Tensor, seed: int) -> bool:
 
 
 def _effect(reft: BoundModel, behaviour: Behaviour, bare: Tensor, seed: int) -> Estimate:
-    change = above_rounding(behaviour.full - bare, behaviour.full.abs() + bare.abs(), reft)
-    return mean_of(change, behaviour.weights, seed=seed)
+    runs, step = torch.stack([behaviour.full, bare]), rounding_in(reft.model)
+    return change_of(behaviour.full - bare, behaviour.weights, runs, step=step, seed=seed)
 
 
 def _is_there(effect: Estimate, count: int) -> bool:

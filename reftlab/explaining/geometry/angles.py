@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reftlab.errors import DataError
+from reftlab.training.settings import whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -189,8 +190,7 @@ def subspace_angles(
             if covariance is None
             else f"covariance= is for null='data', and null is {null!r}; leave one of them out"
         )
-    if type(draws) is not int or draws < 1:
-        raise DataError(f"draws={draws!r}: expected a whole number of 1 or more")
+    draws = whole("draws", draws, 1)
     first, second = span(a, "a"), span(b, "b")
     if len(first) != len(second):
         raise DataError(f"a has vectors of {len(first)} numbers and b of {len(second)}; they need the same")

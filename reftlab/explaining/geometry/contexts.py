@@ -138,6 +138,13 @@ class Contexts:
     note: str = ""
     missing: str | None = None
 
+    @property
+    def sentence(self) -> str:
+        """The finding in plain words."""
+        from reftlab.explaining.geometry.saying import of_contexts
+
+        return of_contexts(self)
+
     def to_frame(self) -> pd.DataFrame:
         """One line a text: edit, direction, end (`most`, `least`), place, example, token, value, z."""
         import pandas as pd

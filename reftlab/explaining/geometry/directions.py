@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from reftlab.explaining.geometry.vectors import EditVectors
+    from reftlab.runtime import BoundModel
 
-__all__ = ["BASES", "CONSTANT", "Directions", "find_directions", "thin_svd"]
+__all__ = ["BASES", "CONSTANT", "Directions", "directions_of", "find_directions", "thin_svd"]
 
 CONSTANT = "constant"
 """Label of the direction of the constant part."""
@@ -198,6 +200,25 @@ def find_directions(
     gain = pulled.norm(dim=1)
     read = torch.where(gain[:, None] > 1e-6, pulled / gain[:, None].clamp(min=1e-6), 0.0)
     return _finished(vectors, "written", Svd(kept, gain, read), None)
+
+
+def directions_of(reft: BoundModel, vectors: Mapping[str, EditVectors]) -> dict[str, Directions]:
+    """The directions of bound edits, see `find_directions`.
+
+    Args:
+        reft: the bound model.
+        vectors: what edits were given and made, by `BoundEdit.key`.
+
+    Returns:
+        By key, in the order in which the edits act.
+    """
+    return {
+        b.key: find_directions(
+            reft.interventions[b.module], b.edit.strength, vectors[b.key], b.edit.subspace
+        )
+        for b in reft.edits
+        if b.key in vectors
+    }  # fmt: skip
 
 
 class _Affine(NamedTuple):

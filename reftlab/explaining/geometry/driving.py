@@ -12,15 +12,17 @@ from tqdm.auto import tqdm
 
 from reftlab.errors import DataError, did_you_mean
 from reftlab.explaining.geometry.contexts import MEASURES, Against, Context, Contexts, Drive, TokenMean
-from reftlab.explaining.geometry.directions import Directions, find_directions
-from reftlab.explaining.geometry.sites import Prepared, SiteTokens, see_sites
+from reftlab.explaining.geometry.directions import Directions, directions_of
+from reftlab.explaining.geometry.sites import Seen, SiteTokens, see_sites
 from reftlab.explaining.geometry.tokens import readable_token
+from reftlab.explaining.subject import Subject
 from reftlab.runtime.modes import evaluating
+from reftlab.training.settings import whole
 
 if TYPE_CHECKING:
     from reftlab.runtime import BoundModel
 
-__all__ = ["contexts_of", "driving_contexts"]
+__all__ = ["contexts_of", "driven", "driving_contexts"]
 
 
 def driving_contexts(
@@ -56,28 +58,40 @@ def driving_contexts(
     >>> rl.driving_contexts(reft, examples, "emoji")                       # doctest: +SKIP
     Contexts('emoji': 420 tokens of 20 texts; most driven by 1: ␣sea, z 6.1)
     """
-    for name, value in (("top", top), ("draws", draws)):
-        if type(value) is not int or value < 1:
-            raise DataError(f"{name}={value!r}: expected a whole number of 1 or more")
-    prepared = Prepared.of("driving_contexts", reft, examples, chat=chat, system=system, sources=sources)
+    whole("top", top, 1)
+    whole("draws", draws, 1)
+    subject = Subject.of("driving_contexts", reft, examples, chat=chat, system=system, sources=sources)
     keys = [bound.key for bound in reft.edits]
     if edit is None and len(keys) == 1:
         edit = keys[0]
     if edit is None or edit not in keys:
         near = "" if edit is None else did_you_mean(edit, keys)
         raise DataError(f"edit={edit!r}: expected the key of one of the edits, {keys}.{near}")
-    bound = next(bound for bound in reft.edits if bound.key == edit)
     with evaluating(reft), torch.no_grad(), tqdm(disable=not progress, desc="driving_contexts") as bar:
-        seen = see_sites(reft, prepared.batches, prepared.accepts, [edit], tick=bar.update)
-        if edit in seen.missing:
-            return Contexts(edit, str(bound.site), (), 0, len(prepared.rows), 0, missing=seen.missing[edit])
-        directions = find_directions(
-            reft.interventions[bound.module], bound.edit.strength, seen.vectors[edit], bound.edit.subspace
-        )
+        seen = see_sites(reft, subject.texts, subject.accepts, [edit], tick=bar.update)
+        return driven(subject, edit, seen, top=top, draws=draws, seed=seed)
+
+
+def driven(
+    subject: Subject, edit: str, seen: Seen, *, top: int = 8, draws: int = 200, seed: int = 0
+) -> Contexts:
+    """`driving_contexts` of an edit whose site has been seen; see there.
+
+    Args:
+        subject: what is explained.
+        edit: key of the edit.
+        seen: what reaches its site.
+        top, draws, seed: as for `driving_contexts`.
+    """
+    reft = subject.reft
+    site = next(str(bound.site) for bound in reft.edits if bound.key == edit)
+    if edit in seen.missing:
+        return Contexts(edit, site, (), 0, len(subject.rows), 0, missing=seen.missing[edit])
+    with evaluating(reft), torch.no_grad():
+        directions = directions_of(reft, {edit: seen.vectors[edit]})[edit]
         return contexts_of(
-            directions, seen.tokens[edit], reft.tokenizer, site=str(bound.site), top=top, draws=draws,
-            seed=seed,
-        )  # fmt: skip
+            directions, seen.tokens[edit], reft.tokenizer, site=site, top=top, draws=draws, seed=seed
+        )
 
 
 def contexts_of(

@@ -24,10 +24,12 @@ from reftlab.explaining.geometry.angles import (
     cosines_of,
     span,
 )
-from reftlab.explaining.geometry.directions import Directions, find_directions
+from reftlab.explaining.geometry.directions import Directions, directions_of
 from reftlab.explaining.geometry.label_spans import METHODS, LabelSpans, SpanMethod
-from reftlab.explaining.geometry.sites import Prepared, Seen, see_sites
+from reftlab.explaining.geometry.sites import Seen, see_sites
+from reftlab.explaining.subject import Subject
 from reftlab.runtime.modes import evaluating
+from reftlab.training.settings import whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from reftlab.runtime import BoundModel
     from reftlab.runtime.places import BoundEdit
 
-__all__ = ["EditAngle", "EditAngles", "angles_of", "edit_angles"]
+__all__ = ["EditAngle", "EditAngles", "angles_among", "angles_of", "edit_angles"]
 
 Side = Literal["write", "read"]
 
@@ -105,6 +107,13 @@ class EditAngles:
             if line.edit == edit and side in (None, line.side) and kind in (None, line.kind)
         )
 
+    @property
+    def sentence(self) -> str:
+        """The finding in plain words."""
+        from reftlab.explaining.geometry.saying import of_angles
+
+        return of_angles(self)
+
     def to_frame(self) -> pd.DataFrame:
         """One line a comparison: its two sides, smallest angle, overlap, what chance gives, p and q."""
         import pandas as pd
@@ -129,7 +138,7 @@ class EditAngles:
         ]
         return pd.DataFrame(lines)
 
-    def plot(self, edit: str | None = None, most: int = 40) -> Figure:
+    def plot(self, edit: str | None = None, most: int = 16) -> Figure:
         """The angles, with the band that holds 95% of the smallest ones at random.
 
         Args:
@@ -211,27 +220,46 @@ def edit_angles(
     >>> rl.edit_angles(emoji + formal, examples, labels=["sea", "hill", "sea"])    # doctest: +SKIP
     EditAngles(40 comparisons, 3 with p ≤ 0.05 where chance gives 2, 1 with q ≤ 0.05: emoji read and …)
     """
+    subject = Subject.of("edit_angles", reft, examples, chat=chat, system=system, sources=sources)
+    with tqdm(disable=not progress, desc="edit_angles") as bar:
+        return angles_among(
+            subject, None, labels, components=components, methods=methods, draws=draws, shuffles=shuffles,
+            seed=seed, tick=bar.update,
+        )  # fmt: skip
+
+
+def angles_among(
+    subject: Subject,
+    seen: Seen | None = None,
+    labels: Any = None,
+    *,
+    components: int = 4,
+    methods: Sequence[SpanMethod] = METHODS,
+    draws: int = 1000,
+    shuffles: int = 100,
+    seed: int = 0,
+    tick: Callable[[], Any] = lambda: None,
+) -> EditAngles:
+    """`edit_angles` of what is prepared already; see there.
+
+    Args:
+        subject: what is explained.
+        seen: what reaches the edits' sites, where that is known.
+        labels, components, methods, draws, shuffles, seed: as for `edit_angles`.
+        tick: called after each batch and each edit.
+    """
     for name, value in (("components", components), ("draws", draws), ("shuffles", shuffles)):
-        if type(value) is not int or value < 1:
-            raise DataError(f"{name}={value!r}: expected a whole number of 1 or more")
+        whole(name, value, 1)
     for method in methods:
         if method not in METHODS:
             raise DataError(f"methods: {method!r} is none of {', '.join(map(repr, METHODS))}")
-    prepared = Prepared.of("edit_angles", reft, examples, chat=chat, system=system, sources=sources)
-    spans = None if labels is None else LabelSpans.of(labels, len(prepared.rows), methods, shuffles, seed)
-    with evaluating(reft), torch.no_grad(), tqdm(disable=not progress, desc="edit_angles") as bar:
-        seen = see_sites(reft, prepared.batches, prepared.accepts, tick=bar.update)
-        directions = {
-            bound.key: find_directions(
-                reft.interventions[bound.module], bound.edit.strength, seen.vectors[bound.key],
-                bound.edit.subspace,
-            )
-            for bound in reft.edits
-            if bound.key in seen.vectors
-        }  # fmt: skip
+    reft, count = subject.reft, len(subject.rows)
+    spans = None if labels is None else LabelSpans.of(labels, count, methods, shuffles, seed)
+    with evaluating(reft), torch.no_grad():
+        seen = see_sites(reft, subject.texts, subject.accepts, tick=tick) if seen is None else seen
         return angles_of(
-            reft, directions, seen, spans, components=components, draws=draws, seed=seed,
-            examples=len(prepared.rows), tick=bar.update,
+            reft, directions_of(reft, seen.vectors), seen, spans, components=components, draws=draws,
+            seed=seed, examples=count, tick=tick,
         )  # fmt: skip
 
 
@@ -264,7 +292,7 @@ def angles_of(
     notes: list[str] = []
     for bound in bounds:
         one = _One(bound, sides, seen, draws, seed)
-        others = [other for other in bounds if other is not bound and _same_place(bound, other)]
+        others = [other for other in bounds if other is not bound and bound.shares_place(other)]
         found += [*one.against_edits(others), *one.against_variance(components)]
         if labels is not None:
             lines, note = one.against_labels(labels)
@@ -351,8 +379,3 @@ def _sides(directions: Directions) -> dict[Side, Tensor]:
         if bool((rows.norm(dim=1) > 0).any()):
             found[side] = span(rows.T, side)
     return found
-
-
-def _same_place(x: BoundEdit, y: BoundEdit) -> bool:
-    here, there = ((s.module, s.side, s.leaf, s.part) for s in (x.site, y.site))
-    return here == there and (x.width, str(x.edit.view)) == (y.width, str(y.edit.view))

@@ -14,12 +14,15 @@ from reftlab.address import Site, head_name, resolve
 from reftlab.collecting import collect
 from reftlab.errors import DataError
 from reftlab.explaining.geometry.lens import DataLens
-from reftlab.explaining.geometry.sites import Prepared, left_out, massive_of
+from reftlab.explaining.geometry.sites import left_out, massive_of
 from reftlab.explaining.geometry.tokens import Lens
+from reftlab.explaining.subject import Subject
 from reftlab.graph import InterventionGraph, Read
 from reftlab.graph.nodes import replace_read
 from reftlab.measuring.intervals import Estimate, mean_of
 from reftlab.runtime import BoundModel
+from reftlab.training.data import Example, as_examples
+from reftlab.training.settings import whole
 
 __all__ = ["fit_lens", "fit_lenses"]
 
@@ -69,13 +72,14 @@ def fit_lens(
         reft = model
     else:
         reft = InterventionGraph().bind(model, tokenizer)
-    prepared = Prepared.of("fit_lens", reft, examples, chat=chat, system=system, bare=True)
-    return fit_lenses(reft, prepared, [site], samples=samples, progress=progress, seed=seed)[0]
+    # What the examples say of edits does not matter, since none acts.
+    rows = [Example(row.prompt, row.answer) for row in as_examples(examples)]
+    subject = Subject.of("fit_lens", reft, rows, chat=chat, system=system)
+    return fit_lenses(subject, [site], samples=samples, progress=progress, seed=seed)[0]
 
 
 def fit_lenses(
-    reft: BoundModel,
-    prepared: Prepared,
+    subject: Subject,
     sites: Sequence[str | Read],
     *,
     samples: int = 4096,
@@ -85,13 +89,11 @@ def fit_lenses(
     """Fit a lens to each of several sites, from the same forward passes; see `fit_lens`.
 
     Args:
-        reft: a bound model, whose edits are left out.
-        prepared: the examples.
+        subject: the examples, and a bound model, whose edits are left out.
         sites: where.
         samples, progress, seed: as for `fit_lens`.
     """
-    if type(samples) is not int or samples < 1:
-        raise DataError(f"samples={samples!r}: expected a whole number of 1 or more")
+    reft, samples = subject.reft, whole("samples", samples, 1)
     places = [_Place.of(reft, number, site) for number, site in enumerate(sites)]
     lens, head = Lens(reft.model), head_name(reft.model)
     why = lens.missing
@@ -100,7 +102,7 @@ def fit_lenses(
     if why is not None:
         return tuple(DataLens.unavailable(place.name, why) for place in places)
     found = collect(
-        reft.model, [_inputs(batch, prepared) for batch in prepared.batches],
+        reft.model, [_inputs(batch, subject.accepts) for batch in subject.texts],
         *[place.read for place in places], Read(_ENTERING, "all", name="entering"),
         Read(f"{head}.output", "last", name="logits"), tokenizer=reft.tokenizer, progress=progress,
     )  # fmt: skip
@@ -265,10 +267,10 @@ def _agreement(same: Tensor, examples: Int[Tensor, " token"]) -> Estimate:
     return mean_of(shares, counts.float())
 
 
-def _inputs(batch: Mapping[str, Any], prepared: Prepared) -> dict[str, Any]:
+def _inputs(batch: Mapping[str, Any], accepts: frozenset[str]) -> dict[str, Any]:
     """A batch whose answers are text like any other."""
     left = {"labels", "sources", "tasks", "positions"}
-    return {k: v for k, v in batch.items() if k in prepared.accepts and k not in left}
+    return {k: v for k, v in batch.items() if k in accepts and k not in left}
 
 
 def _drawn(examples: Int[Tensor, " token"], samples: int, seed: int) -> Tensor:

@@ -3,91 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from reftlab.errors import DataError
 from reftlab.explaining.geometry.record import Recording
 from reftlab.explaining.geometry.vectors import EditVectors
 from reftlab.graph import BASE, Edit, InterventionGraph, Phase
 from reftlab.interventions import Scale
-from reftlab.measuring.inputs import accepted, batches
-from reftlab.runtime import BoundModel
 from reftlab.runtime.calls import continues_texts
-from reftlab.training.data import Encoded, Example, as_examples, encode
-from reftlab.training.replies import prompt_form
 
 if TYPE_CHECKING:
+    from reftlab.runtime import BoundModel
     from reftlab.runtime.places import BoundEdit
 
-__all__ = ["Prepared", "Seen", "SiteTokens", "left_out", "massive_of", "see_sites"]
+__all__ = ["Seen", "SiteTokens", "left_out", "massive_of", "see_sites"]
 
 _MASSIVE = 10.0
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """Examples as the batches that a bound model takes.
-
-    Attributes:
-        rows: the examples.
-        batches: their tokens, prompts and answers.
-        accepts: which entries of a batch the bound model's forward takes.
-    """
-
-    rows: tuple[Example, ...]
-    batches: list[dict[str, Any]]
-    accepts: frozenset[str]
-
-    @classmethod
-    def of(
-        cls,
-        who: str,
-        reft: Any,
-        examples: Any,
-        *,
-        chat: bool | None = None,
-        system: str | None = None,
-        sources: Mapping[str, Mapping[str, Any]] | None = None,
-        bare: bool = False,
-    ) -> Prepared:
-        """Read and encode examples.
-
-        Args:
-            who: the function that asks, for messages.
-            reft: a bound model with its tokenizer.
-            examples: anything that `rl.train` takes.
-            chat, system: as for `rl.reply`.
-            sources: inputs of each source run for all examples.
-            bare: leave out what the examples say of edits.
-
-        Raises:
-            DataError: they cannot be used.
-        """
-        if not isinstance(reft, BoundModel):
-            raise DataError(
-                f"{who} takes a bound model, graph.bind(model, tokenizer), not {type(reft).__name__}"
-            )
-        if reft.tokenizer is None:
-            raise DataError(f"{who} needs a tokenizer: bind with one, graph.bind(model, tokenizer)")
-        rows = as_examples(examples)
-        if not bare and any(row.task is not None for row in rows):
-            raise DataError(
-                f"{who} looks at one set of edits; take one task's with reft.select(...), without tasks in "
-                "the examples"
-            )
-        if sources and rows[0].sources:
-            raise DataError("sources= says what the examples' own sources say already; leave one of them out")
-        # A model that does not continue texts would take an answer for a part of the prompt.
-        kept = rows if continues_texts(reft.model) else [replace(row, answer=None) for row in rows]
-        encoded = encode(reft.tokenizer, kept, **prompt_form(reft, reft.tokenizer, chat, system))
-        if bare:
-            encoded = [Encoded(one.input_ids, one.labels) for one in encoded]
-        return cls(tuple(rows), batches(reft, encoded, sources), accepted(reft.model))
 
 
 @dataclass(frozen=True, eq=False)

@@ -93,6 +93,7 @@ def test_an_edit_behind_the_last_block_is_all_direct(family, dtype, byte_tokeniz
     found = direct_effect(bound(model, byte_tokenizer, loreft(at=f"blocks[{last}].output")), PAIRS, **QUIET)
     assert found["shift"].logit_share.value == pytest.approx(1, abs=1e-6)
     assert found["shift"].direct.value == pytest.approx(found["shift"].total.value, abs=1e-6)
+    assert found.sentence.startswith("100% of what shift changes in the logits")
 
 
 def test_edits_at_earlier_tokens_have_no_direct_effect_over_20_seeds(small_llama, byte_tokenizer):
@@ -100,7 +101,10 @@ def test_edits_at_earlier_tokens_have_no_direct_effect_over_20_seeds(small_llama
     for seed in range(20):
         vector = torch.randn(32, generator=torch.Generator().manual_seed(seed))
         edits.append(add(positions=[seed % 2], vector=vector, name=f"push{seed}"))
-    found = direct_effect(bound(small_llama, byte_tokenizer, *edits), ["a hill"], **QUIET).effects
+    found = direct_effect(bound(small_llama, byte_tokenizer, *edits), ["a hill"], **QUIET)
+    assert "push0 does not act at the last token of any prompt" in found.sentence
+    assert found.sentence.endswith("The table has 17 edits more.")
+    found = found.effects
     assert [effect.at_last for effect in found] == [0] * 20
     alarms = sum(bool(effect.direct_logits.any()) or effect.direct.value != 0 for effect in found)
     felt = sum(float(effect.total_logits.abs().max()) > 1e-3 for effect in found)

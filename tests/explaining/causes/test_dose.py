@@ -102,6 +102,8 @@ def test_an_edit_that_does_nothing_is_flat_and_one_that_pushes_rises(small_llama
     found = dose_response(reft, PROMPTS, metric=METRIC, chat=False, progress=False)
     assert [one.shape for one in found.curves] == ["rising", "flat", "rising"]
     assert [one.best for one in found.curves] == [2.0, 1.0, 2.0]
+    assert "of all edits, the" in found.sentence
+    assert found.sentence.endswith("is rising; the effect is largest at scale 2.")
     assert found["busy"].slope(0.0).low > 0
     assert found["idle"].slope(1.0).value == pytest.approx(0, abs=1e-5)
     assert found["busy"].effect.value > 0.1

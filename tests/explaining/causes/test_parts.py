@@ -5,7 +5,7 @@ import torch
 
 import reftlab as rl
 from reftlab.errors import DataError
-from reftlab.explaining.altering import altered_at, scaled
+from reftlab.explaining.altering import altered, scaled
 from reftlab.explaining.causes.game import Coalitions
 from reftlab.explaining.causes.parts import game_of, parts_of, present, taken_apart
 from reftlab.explaining.causes.tokens import Token
@@ -207,7 +207,7 @@ def test_sites_that_share_an_intervention_are_left_out_one_by_one(small_llama, b
     plain = hooked(small_llama, batch, [(block, last, lambda h: delta_of(built, h)) for block in (0, 2)])
     torch.testing.assert_close(real(batch, found), real(batch, plain), atol=1e-4, rtol=1e-4)
     assert (set(reft.interventions), reft.edits) == (keys, edits)
-    with pytest.raises(ZeroDivisionError), altered_at(reft, {"s[1]": scaled(0.5)}):
+    with pytest.raises(ZeroDivisionError), altered(reft, {"s[1]": scaled(0.5)}):
         raise ZeroDivisionError
     assert (set(reft.interventions), reft.edits) == (keys, edits)
     assert reft.interventions["w"] is built

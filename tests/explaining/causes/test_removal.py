@@ -102,7 +102,7 @@ def pushing(model, tokenizer):
 def test_removing_the_planted_direction_costs_and_removing_the_other_does_not(small_llama, byte_tokenizer):
     reft = pushing(small_llama, byte_tokenizer)
     pairs = [("what is last", "z"), ("and now", "z")]
-    removal = explain(reft, pairs, chat=False, max_new_tokens=0, progress=False).removal
+    removal = explain(reft, pairs, chat=False, max_new_tokens=0, only=[], progress=False).removal
     first, second = removal.of("shift", "direction")
     (whole,) = removal.of("shift", "edit")
     assert removal.bare_loss > removal.loss + 0.3
@@ -139,7 +139,7 @@ def test_a_direction_taken_out_is_gone_from_what_is_written(small_llama, byte_to
 
 def test_only_the_most_important_edits_are_taken_apart_and_the_report_says_so(small_llama, byte_tokenizer):
     reft = bound(small_llama, byte_tokenizer, loreft("a", "blocks[0,1,2].output"), loreft("b"))
-    found = explain(reft, PAIRS, max_edits=2, draws=1, max_new_tokens=0, progress=False)
+    found = explain(reft, PAIRS, max_edits=2, draws=1, max_new_tokens=0, only=[], progress=False)
     removal = found.removal
     whole = {one.edit: one.change for one in removal.removed if one.what == "edit"}
     assert set(whole) == {"a[0]", "a[1]", "a[2]", "b"}
@@ -154,7 +154,7 @@ def test_random_controls_follow_the_seed(small_llama, byte_tokenizer):
     reft = bound(small_llama, byte_tokenizer, loreft())
 
     def controls(seed):
-        removal = explain(reft, PAIRS, seed=seed, max_new_tokens=0, progress=False).removal
+        removal = explain(reft, PAIRS, seed=seed, max_new_tokens=0, only=[], progress=False).removal
         return [one.change for one in removal.of("shift", "random")]
 
     assert controls(1) == controls(1)
@@ -166,7 +166,7 @@ def test_an_intervention_that_several_places_share_is_taken_away_once(small_llam
         "s", at="blocks[0,1,2].output", positions="last", intervention=rl.LoReFT(rank=2), share="w"
     )
     reft, told = bound(small_llama, byte_tokenizer, shared), []
-    directions = explain(reft, PAIRS, max_new_tokens=0, progress=False).edits
+    directions = explain(reft, PAIRS, max_new_tokens=0, only=[], progress=False).edits
     found = removals(
         reft,
         behaviour_of(reft, PAIRS, chat=False),
@@ -184,6 +184,6 @@ def test_unseen_prompts_with_positions_of_their_own_are_left_out_before_anything
 ):
     reft = bound(small_llama, byte_tokenizer, loreft("a"))
     unseen = [{"prompt": "who", "positions": {"a": [0]}}]
-    found = explain(reft, PAIRS[:2], unseen=unseen, max_new_tokens=1, progress=False, max_edits=0)
+    found = explain(reft, PAIRS[:2], unseen=unseen, max_new_tokens=1, only=[], progress=False, max_edits=0)
     assert "positions of other edits" in found.replies.note
     assert len(found.replies.replies) == 2

@@ -142,7 +142,9 @@ def test_means_are_weighted_and_intervals_are_over_examples():
     assert first.value == pytest.approx((1 + 2 + 12) / 4)
     assert first.low < first.value < first.high
     assert second.value == 0
-    assert -1e-4 < second.low < 0 < second.high < 1e-4  # as much as rounding could change
+    assert (second.low, second.high) == (0, 0)
+    rounded = shapley_values(game(lambda s: values * (0 in s) + 1e-6 * (1 in s), 2, weights=weights))
+    assert [(one.value, one.low, one.high) for one in rounded.estimates[1:]] == [(0, 0, 0)]
 
 
 @pytest.mark.parametrize("family", ["small_llama", "small_gpt2"])
@@ -197,6 +199,8 @@ def test_one_useful_dimension_has_all_of_the_value_and_three_useless_ones_none(s
         # Rounding changes all examples alike, and is not taken for an effect.
         told = [one.excludes(0.0) for one in found.estimates]
         assert told == [number == place for number in range(4)]
+        assert f"direction {place + 1} has the largest part of the effect" in found.sentence
+        assert found.sentence.endswith(f"{found.unit}, 100% of the whole.")
 
 
 def test_noise_of_useless_parts_is_taken_for_an_effect_as_rarely_as_the_level_says():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +14,10 @@ import reftlab as rl
 from reftlab.errors import DataError
 from reftlab.explaining.composition import composition as work
 from reftlab.explaining.composition.collisions import find_collisions
-from reftlab.explaining.composition.composing import Bench, Subject
+from reftlab.explaining.composition.composing import Bench, Others
 from reftlab.explaining.composition.composition import Composition
-from reftlab.explaining.evidence.subject import recorded_on
-from reftlab.training.data import as_examples
+from reftlab.explaining.subject import Subject
+from reftlab.measuring import behaviour_of
 from tests.explaining.conftest import WIDTH, bound, loreft, orthonormal
 from tests.oracle import randomise
 
@@ -165,11 +166,11 @@ def test_answers_are_measured_in_nats_and_groups_count_as_one(small_gpt2, byte_t
     found = composition(reft, pairs, groups={"early": ["a"], "rest": ["b", "c"]})
     assert (found.behaviour, found.unit) == ("answer loss", "nats per answer token")
     assert [one.name for one in found.alone] == ["early", "rest"]
-    alone = composition(reft.select("b", "c"), pairs)
-    assert found.alone[1].effect.value == pytest.approx(alone.together.effect.value, abs=1e-5)
+    alone = behaviour_of(reft.select("b", "c"), pairs, chat=False)
+    assert found.alone[1].effect.value == pytest.approx(alone.effect.value, abs=1e-5)
     (pair,) = found.pairs
-    turned = composition(reft.select("b", "c") + reft.select("a"), pairs)
-    assert pair.reversed.value == pytest.approx(turned.together.effect.value, abs=1e-5)
+    turned = behaviour_of(reft.select("b", "c") + reft.select("a"), pairs, chat=False)
+    assert pair.reversed.value == pytest.approx(turned.effect.value, abs=1e-5)
     assert pair.commutator > 0
 
 
@@ -225,13 +226,13 @@ def test_a_direction_shared_by_two_subspaces_is_found_among_those_that_are_not(s
 
 
 def test_random_subspaces_seldom_collide(small_gpt2, byte_tokenizer):
-    prompts, met = as_examples(texts(6)), 0
+    prompts, met = texts(6), 0
     for seed in range(20):
         reft = written_along(
             small_gpt2, byte_tokenizer, orthonormal(3, 100 + seed), orthonormal(3, 200 + seed)
         )
         with torch.no_grad():
-            recorded = recorded_on(reft, prompts, answers=False, chat=False)
+            recorded = Subject.of("test", reft, prompts, METRIC, chat=False).recorded
             met += bool(find_collisions(reft, recorded, [(("a",), ("b",))]))
     assert met <= 4
 
@@ -240,17 +241,16 @@ def test_interactions_that_chance_alone_makes_are_seldom_told_from_none(small_gp
     """Right and wrong are drawn at random for each example, so that edits add up on average."""
     reft = bound(small_gpt2, byte_tokenizer, loreft("a"), loreft("b", "blocks[0].output"))
     randomise(reft)
-    form: Any = {"chat": False, "system": None}
-    subject = Subject.of(reft, as_examples(texts(40)), METRIC, form, None)
-    units, behaviour, told = {"a": ("a",), "b": ("b",)}, subject.behaviour, 0
+    others = Others(Subject.of("test", reft, texts(40), METRIC, chat=False))
+    units, behaviour, told = {"a": ("a",), "b": ("b",)}, others.behaviour, 0
     with torch.no_grad():
-        runs = {frozenset(names): subject.with_only(names) for names in (("a",), ("b",), ("a", "b"))}
+        runs = {names: others.with_only(names) for names in (("a",), ("b",), ("a", "b"))}
     for seed in range(20):
         # Swapping right and wrong turns the sign of a logit difference.
         turn = torch.tensor([random.Random(f"{seed}/{n}").choice([1.0, -1.0]) for n in range(40)])
-        swapped = replace(behaviour, bare=turn * behaviour.bare, full=turn * behaviour.full)
-        known = {names: turn * found for names, found in runs.items()}
-        drawn = replace(subject, behaviour=swapped, known=known)
+        drawn = copy(others)
+        drawn.behaviour = replace(behaviour, bare=turn * behaviour.bare, full=turn * behaviour.full)
+        drawn.with_only = {names: turn * found for names, found in runs.items()}.__getitem__
         found = Bench(drawn, units, lambda names: torch.zeros(0), {}, seed, []).together("a", "b")
         assert found.interaction.value != 0
         told += found.interaction.excludes(0.0)

@@ -12,9 +12,8 @@ import reftlab as rl
 from reftlab.errors import DataError
 from reftlab.explaining.evidence import faithfulness as work
 from reftlab.explaining.evidence.faithfulness import ALL_EDITS
-from reftlab.explaining.evidence.subject import recorded_on
+from reftlab.explaining.subject import Subject
 from reftlab.measuring import behaviour_of, share_kept
-from reftlab.training.data import as_examples
 from tests.explaining.conftest import WIDTH, bound, loreft, orthonormal, set_directions
 from tests.oracle import randomise
 
@@ -238,8 +237,7 @@ def test_random_right_answers_are_seldom_taken_for_an_effect(small_llama, byte_t
     reft = bound(small_llama, byte_tokenizer, loreft(at="final_norm.output", rank=2))
     randomise(reft)
     prompts, claimed = texts(16), 0
-    with torch.no_grad():
-        recorded = recorded_on(reft, as_examples(prompts), answers=False, chat=False)
+    recorded = Subject.of("test", reft, prompts, METRIC, chat=False).recorded
     for seed in range(20):
         drawn = random.Random(seed)
         right = [drawn.choice("zq") for _ in prompts]
@@ -334,7 +332,7 @@ def test_a_soft_gate_is_said_to_be_out_of_reach_and_the_model_is_left_as_it_was(
         ({"draws": -1}, "draws=-1"),
         ({"folds": 0}, "folds=0"),
         ({"enough": 1.2}, "enough=1.2"),
-        ({"budget": 0}, "budget=0"),
+        ({"budget": -1}, "budget=-1: expected seconds, 0 or more"),
         ({"max_edits": -2}, "max_edits=-2"),
     ],
 )

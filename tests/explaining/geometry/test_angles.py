@@ -1,5 +1,7 @@
 """Angles: scipy's, planted ones, and p-values that mean what they say."""
 
+import re
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -191,6 +193,9 @@ def test_an_edit_that_reads_the_labels_direction_is_found_by_every_method(family
     frame = found.to_frame()
     assert list(frame["edit"].unique()) == ["reads_it", "like_it", "other"]
     assert "q ≤ 0.05" in repr(found)
+    close = sum(line.q <= 0.05 and line.kind != "own" for line in found.lines)
+    assert f", {close} are smaller than random subspaces explain" in found.sentence
+    assert re.search(r"read subspace of (reads_it and like_it|like_it and reads_it), read", found.sentence)
     assert len(found.plot("other").axes) == 2
 
 

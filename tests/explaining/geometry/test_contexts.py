@@ -1,6 +1,7 @@
 """What drives a read direction: a planted token comes back, and random directions are not special."""
 
 import random
+import re
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ import reftlab as rl
 from reftlab.errors import DataError
 from reftlab.explaining.geometry.directions import find_directions
 from reftlab.explaining.geometry.driving import contexts_of, driving_contexts
-from reftlab.explaining.geometry.sites import Prepared, see_sites
 from reftlab.explaining.geometry.vectors import EditVectors
+from reftlab.explaining.subject import Subject
 from tests.explaining.conftest import WIDTH, bound, loreft, orthonormal, set_directions
 
 LETTERS = "bcdefghijklmnoprstuvwxyz"
@@ -59,6 +60,8 @@ def test_an_edit_that_reads_what_one_token_carries_is_driven_by_that_token(famil
     assert measures["variance"].p <= 0.01
     assert measures["largest"].p <= 0.05
     assert found.tokens == 160
+    assert re.search(r"e is found (most|least) at the tokens q, ", found.sentence)
+    assert "its variance (p 0.005)" in found.sentence
 
 
 def test_the_values_are_the_models_own_at_every_token_padded_or_not(small_llama, byte_tokenizer):
@@ -109,9 +112,7 @@ def test_edits_of_earlier_sites_are_in_force_and_this_sites_are_not(small_gpt2, 
 
 def test_random_read_directions_are_special_as_often_as_chance_says(small_llama, byte_tokenizer):
     reft = bound(small_llama.bfloat16(), byte_tokenizer, loreft("e", "blocks[1].output", 1))
-    prepared = Prepared.of("test", reft, texts(), chat=False)
-    with torch.no_grad():
-        seen = see_sites(reft, prepared.batches, prepared.accepts)
+    seen = Subject.of("test", reft, texts(), chat=False).seen
     alarms = dict.fromkeys(("variance", "kurtosis", "largest"), 0)
     for seed in range(20):
         built = rl.LoReFT(rank=1).build(WIDTH)

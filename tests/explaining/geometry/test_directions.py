@@ -166,7 +166,7 @@ def test_an_edit_confined_to_a_subspace_is_described_by_what_it_does_there(small
     reft = bound(small_llama, byte_tokenizer, edit)
     built, write, gains, read = planted(torch.tensor([3.0, -4.0, 1.0]))
     reft.interventions["one"].load_state_dict(built.state_dict())
-    [found] = explain(reft, PAIRS, max_new_tokens=0, progress=False, max_edits=0).edits
+    [found] = explain(reft, PAIRS, max_new_tokens=0, only=[], progress=False, max_edits=0).edits
     directions, base = found.directions, found.vectors.base
     assert directions.rank == 1
     assert directions.gain[0] == pytest.approx(float(gains[1]), rel=1e-3)

@@ -61,7 +61,9 @@ def test_a_block_that_is_linear_comes_back_and_names_the_token_that_the_logit_le
         row = model.get_output_embeddings().weight[number].detach()
         edit = rl.Edit("e", at=site, positions="last", intervention=rl.Add(3 * turn.T @ row / row.norm()))
         reft = bound(model, byte_tokenizer, edit)
-        found = explain(reft, PAIRS, chat=False, max_new_tokens=0, progress=False).edits[0]
+        found = explain(
+            reft, PAIRS, chat=False, only=[], max_edits=0, max_new_tokens=0, progress=False
+        ).edits[0]
         centre = found.vectors.after.mean(0) @ turn.T
         effects = token_effects(Lens(model), byte_tokenizer, found.directions, centre, data_lens=lens)
         assert effects.data.promoted[0][0].id == number

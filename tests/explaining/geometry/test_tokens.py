@@ -22,7 +22,7 @@ def steering(model, tokenizer, number: int, site: str = "blocks[2].output"):
 def test_adding_a_tokens_unembedding_promotes_that_token(family, number, byte_tokenizer, request):
     model = request.getfixturevalue(family)
     reft = steering(model, byte_tokenizer, number, "blocks[1].output")
-    tokens = explain(reft, PAIRS, max_new_tokens=0, progress=False).edits[0].tokens
+    tokens = explain(reft, PAIRS, max_new_tokens=0, only=[], progress=False).edits[0].tokens
     assert tokens.missing is None
     assert tokens.promoted[0][0].id == number
     assert tokens.promoted[0][0].change > 0 > tokens.suppressed[0][0].change
@@ -30,7 +30,7 @@ def test_adding_a_tokens_unembedding_promotes_that_token(family, number, byte_to
 
 def test_the_change_is_the_symmetric_difference_through_norm_and_unembedding(small_llama, byte_tokenizer):
     reft = steering(small_llama, byte_tokenizer, 70)
-    edit = explain(reft, PAIRS, max_new_tokens=0, progress=False, top=5).edits[0]
+    edit = explain(reft, PAIRS, max_new_tokens=0, only=[], progress=False, top=5).edits[0]
     direction, size = edit.directions.write[0], float(edit.directions.rms[0])
     # After the last block nothing follows but the norm, so its input is the edited vector.
     centre = edit.vectors.after.mean(0)
@@ -53,7 +53,7 @@ def test_the_change_is_the_symmetric_difference_through_norm_and_unembedding(sma
 
 def test_a_model_without_known_norm_says_so(byte_tokenizer):
     edit = rl.Edit("push", at="hidden[1].output", positions="last", intervention=rl.LoReFT(rank=2))
-    tokens = explain(bound(TextMLP(), byte_tokenizer, edit), PAIRS, progress=False).edits[0].tokens
+    tokens = explain(bound(TextMLP(), byte_tokenizer, edit), PAIRS, only=[], progress=False).edits[0].tokens
     assert "TextMLP has no final norm and unembedding" in tokens.missing
     assert tokens.promoted == ()
     assert "not available" in repr(tokens)
@@ -64,13 +64,13 @@ def test_a_model_without_known_norm_says_so(byte_tokenizer):
 
 def test_berts_readout_does_more_than_norm_and_unembedding_and_that_is_noticed(small_bert, byte_tokenizer):
     edit = rl.Edit("push", at="blocks[0].output", positions="all", intervention=rl.LoReFT(rank=2))
-    tokens = explain(bound(small_bert, byte_tokenizer, edit), PAIRS, progress=False).edits[0].tokens
+    tokens = explain(bound(small_bert, byte_tokenizer, edit), PAIRS, only=[], progress=False).edits[0].tokens
     assert "does not give this model's own logits" in tokens.missing
 
 
 def test_vectors_of_another_width_are_not_read_as_tokens(small_llama, byte_tokenizer):
     edit = rl.Edit("heads", at="blocks[1].attn.heads", positions="last", heads=[0], intervention=rl.Zero())
-    tokens = explain(bound(small_llama, byte_tokenizer, edit), PAIRS, progress=False).edits[0].tokens
+    tokens = explain(bound(small_llama, byte_tokenizer, edit), PAIRS, only=[], progress=False).edits[0].tokens
     assert f"vectors of 8 features and the residual stream has {WIDTH}" in tokens.missing
 
 
@@ -79,7 +79,7 @@ def test_a_site_beside_the_residual_stream_gets_a_caveat(small_llama, byte_token
         "query", at="model.layers[1].self_attn.q_proj.output", positions="last", intervention=rl.Zero()
     )
     tokens = (
-        explain(bound(small_llama, byte_tokenizer, edit), PAIRS, max_new_tokens=0, progress=False)
+        explain(bound(small_llama, byte_tokenizer, edit), PAIRS, max_new_tokens=0, only=[], progress=False)
         .edits[0]
         .tokens
     )

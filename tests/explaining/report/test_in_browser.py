@@ -46,7 +46,7 @@ def test_a_browser_finds_every_section_in_the_order_in_which_a_reader_asks(
 ):
     steer = rl.Edit("steer", at="blocks[1].output", positions="last", intervention=rl.Add(0.5))
     reft = bound(small_llama, byte_tokenizer, loreft("shift", "blocks[0].output"), steer)
-    found = explain(reft, PAIRS, chat=False, max_new_tokens=3, progress=False)
+    found = explain(reft, PAIRS, chat=False, runs=8, max_new_tokens=3, progress=False)
     page = found.save(tmp_path / "report.html")
     for width in (1200, 500):
         seen = opened(page, tmp_path, width)

@@ -119,19 +119,25 @@ def _spread(subject: Subject, plan: Plan) -> str:
 
 
 def _shapley(subject: Subject, plan: Plan, empty: Section, seconds: float | None) -> Section:
-    from reftlab.explaining.causes.parts import game_of, parts_of
+    from reftlab.explaining.causes.parts import banded, game_of, parts_of
     from reftlab.explaining.causes.shapley import shapley_values
 
-    by = _players(subject)
-    parts = parts_of(subject.reft, subject.recorded, by)
-    if len(parts) < 2:
+    by, most = _players(subject), int(math.log2(plan.runs))
+    single = parts_of(subject.reft, subject.recorded, by)
+    if len(single) < 2:
         raise DataError("there is one part, which has the whole effect")
+    # A few sampled orders of many parts say next to nothing; all combinations of a few bands are exact.
+    parts = single if by == "dimension" else banded(single, most)
     game = game_of(subject.reft, subject.behaviour, parts)
     found = shapley_values(
-        game, exact_up_to=int(math.log2(plan.runs)), permutations=max(2, plan.runs // len(parts)),
-        budget=seconds, seed=plan.seed,
-    )  # fmt: skip
-    return _told(empty, found)
+        game, exact_up_to=most, permutations=max(2, plan.runs // len(parts)), budget=seconds, seed=plan.seed
+    )
+    joined = (
+        f"The {len(single)} {by}s were joined into {len(parts)} neighbouring groups, of which all "
+        f"combinations were measured; rl.shapley(by={by!r}) takes them one by one."
+    )
+    told = _told(empty, found)
+    return told if len(parts) == len(single) else replace(told, note=f"{joined} {told.note}".strip())
 
 
 def _players(subject: Subject) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from reftlab.explaining.subject import Subject
     from reftlab.runtime.places import BoundEdit
 
-__all__ = ["By", "Part", "game_of", "parts_of", "present", "taken_apart"]
+__all__ = ["By", "Part", "banded", "game_of", "parts_of", "present", "taken_apart"]
 
 By = Literal["edit", "site", "layer", "position", "dimension"]
 """What counts as one part: a named edit with all its sites, one site of an edit, all edits of one block,
@@ -130,6 +131,30 @@ def present(reft: BoundModel, parts: Sequence[Part], chosen: Collection[int]) ->
             changes[key] = _only_tokens(bound, frozenset(part.token for acts, part in mine if acts))
     with altered(reft, changes):
         yield reft
+
+
+def banded(parts: Sequence[Part], count: int) -> tuple[Part, ...]:
+    """Neighbouring parts joined into at most `count` larger ones of like size, as blocks into bands.
+
+    Args:
+        parts: whole edits, sites or layers, in the order in which they should stay.
+        count: how many there may be.
+
+    >>> banded([Part(f"block {n}", "layer", (f"e[{n}]",)) for n in range(5)], 2)
+    (Part('block 0 to block 1' of e[0], e[1]), Part('block 2 to block 4' of e[2], e[3], e[4]))
+    """
+    if len(parts) <= count:
+        return tuple(parts)
+    ends = [len(parts) * number // count for number in range(count + 1)]
+    bands = [parts[start:stop] for start, stop in pairwise(ends)]
+    return tuple(
+        Part(
+            band[0].label if len(band) == 1 else f"{band[0].label} to {band[-1].label}",
+            band[0].by,
+            tuple(key for part in band for key in part.edits),
+        )
+        for band in bands
+    )
 
 
 def game_of(

@@ -5,9 +5,9 @@ import torch
 
 import reftlab as rl
 from reftlab.errors import DataError
-from reftlab.explaining.altering import altered, scaled
+from reftlab.explaining.altering import altered, nothing, scaled
 from reftlab.explaining.causes.game import Coalitions
-from reftlab.explaining.causes.parts import game_of, parts_of, present, taken_apart
+from reftlab.explaining.causes.parts import banded, game_of, parts_of, present, taken_apart
 from reftlab.explaining.causes.tokens import Token
 from reftlab.explaining.geometry.record import record
 from reftlab.explaining.subject import Subject
@@ -211,6 +211,22 @@ def test_sites_that_share_an_intervention_are_left_out_one_by_one(small_llama, b
         raise ZeroDivisionError
     assert (set(reft.interventions), reft.edits) == (keys, edits)
     assert reft.interventions["w"] is built
+
+
+def test_neighbouring_layers_act_and_rest_together(small_llama, byte_tokenizer):
+    reft = bound(small_llama, byte_tokenizer, loreft("a", "blocks[0,1,2].output"))
+    behaviour = behaviour_of(reft, PAIRS, chat=False)
+    bands = banded(parts_of(reft, by="layer"), 2)
+    assert [(band.label, band.edits) for band in bands] == [
+        ("block 0", ("a[0]",)),
+        ("block 1 to block 2", ("a[1]", "a[2]")),
+    ]
+    with present(reft, bands, {0}):
+        alone = behaviour()
+    with altered(reft, {"a[1]": nothing, "a[2]": nothing}):
+        torch.testing.assert_close(behaviour(), alone)
+    assert not torch.allclose(alone, behaviour.full)
+    assert banded(bands, 2) == bands
 
 
 def test_edits_that_are_not_taken_apart_stay_in_force(small_llama, byte_tokenizer):

@@ -1,0 +1,108 @@
+"""The sections of an explanation: which there are, what they cost, and what they say where they are missing."""
+
+import html
+import math
+
+import pytest
+import torch
+
+import reftlab as rl
+from reftlab.errors import DataError
+from reftlab.explaining import explain
+from reftlab.explaining.answers import NAMES
+from reftlab.explaining.section import QUESTIONS
+from tests.explaining.conftest import PAIRS, bound, loreft
+
+QUIET = {"chat": False, "max_new_tokens": 0, "max_edits": 0, "progress": False, "runs": 8}
+
+
+@pytest.fixture
+def pushed(small_llama, byte_tokenizer):
+    """An edit after the last block that always adds the unembedding of the token z."""
+    push = small_llama.get_output_embeddings().weight[byte_tokenizer.convert_tokens_to_ids("z")].detach()
+    edit = rl.Edit(
+        "push", at="blocks[2].output", positions="last", intervention=rl.Add(20 * push / push.norm())
+    )
+    return bound(small_llama, byte_tokenizer, edit)
+
+
+def prompts(count):
+    return [f"{PAIRS[number % 3][0]} {number}" for number in range(count)]
+
+
+def test_the_page_leads_with_how_far_the_explanation_holds(pushed, tmp_path):
+    metric = rl.answer_log_probability("z")
+    found = explain(pushed, prompts(16), metric=metric, only=["faithfulness", "direct"], **QUIET)
+    assert [section.name for section in found.sections] == ["faithfulness", "direct"]
+    result = found.section("faithfulness").result
+    assert result.headline.what == "constant"
+    assert result.headline.share.value == pytest.approx(1, abs=1e-3)
+    assert found.summary[0] == result.sentence
+    page = found.save(tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.index("Always adding the mean change") < page.index("What does it do?")
+    direct = found.section("direct").result["push"]
+    assert direct.share.value == pytest.approx(1, abs=1e-3)
+    assert "metric= of the next token" in found.removal.missing
+
+
+def test_sections_come_in_the_order_in_which_a_reader_asks(pushed):
+    found = explain(pushed, prompts(6), **QUIET)
+    order = [list(QUESTIONS).index(section.question) for section in found.sections]
+    assert order == sorted(order)
+    assert {section.name for section in found.sections} == set(NAMES)
+    for section in found.sections:
+        assert (section.missing is None) == (section.result is not None)
+        assert section.plot().axes or section.plot().subfigs
+        assert len(section.to_frame()) > 0 or section.missing is not None
+        assert html.escape(section.title) in section._repr_html_()
+    assert "there are no labels=" in found.section("probes").missing
+    assert found.section("composition").missing == "there is one edit"
+    with pytest.raises(KeyError, match="there is no section 'shaply'"):
+        found.section("shaply")
+
+
+def test_labels_are_probed_before_and_after(small_llama, byte_tokenizer):
+    reft = bound(small_llama, byte_tokenizer, loreft("a", "blocks[1].output"))
+    labels = [number % 2 == 0 for number in range(20)]
+    texts = [f"the sea {number}" if label else f"a dog {number}" for number, label in enumerate(labels)]
+    found = explain(reft, texts, labels=labels, only="probes", **QUIET)
+    (section,) = found.sections
+    assert section.missing is None, section.missing
+    assert "decodable" in section.says[0]
+    assert float(section.result.base.max()) > 0.9
+
+
+def test_a_budget_that_is_used_up_leaves_sections_out_and_says_so(pushed, tmp_path):
+    found = explain(pushed, prompts(6), budget=1e-6, **QUIET)
+    assert all("time budget of 1e-06 s was used up" in section.missing for section in found.sections)
+    page = found.save(tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("time budget of 1e-06 s was used up") >= 2 * len(NAMES)
+
+
+def test_many_layers_are_joined_until_all_combinations_can_be_measured(small_llama, byte_tokenizer):
+    edits = [loreft("a", "blocks[0,1,2].output"), loreft("b", "blocks[0,1,2].mlp.output")]
+    for edit, count in ((edits[0], 3), (edits[1], 3)):
+        reft = bound(small_llama, byte_tokenizer, edit)
+        with torch.no_grad():
+            for built in reft.interventions.values():
+                built.linear.bias.add_(3.0)
+        (section,) = explain(reft, prompts(6), only="shapley", **{**QUIET, "runs": 8}).sections
+        assert len(section.result.labels) == count
+        (joined,) = explain(reft, prompts(6), only="shapley", **{**QUIET, "runs": 32}).sections
+        total = float(section.result.values.sum())
+        assert total == pytest.approx(float((section.result.full - section.result.none).sum()), abs=1e-4)
+        assert joined.result.exact
+        assert not math.isnan(total)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"only": ["shaply"]}, "only='shaply'.*Did you mean 'shapley'"),
+        ({"budget": -1}, "budget=-1"),
+        ({"runs": 2}, "runs=2: expected a whole number of 8 or more"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(pushed, arguments, message, users_call):
+    with pytest.raises(DataError, match=message):
+        explain(pushed, prompts(4), progress=False, **arguments)

@@ -49,8 +49,8 @@ _HOMES = {
         "kl_divergence", "logit_diff", "sweep", "sweep_paths",
     ),
     "reftlab.training": (
-        "Evaluation", "Example", "TrainResult", "answer_loss", "evaluate", "read_examples", "reply", "train",
-        "training_batch",
+        "Evaluation", "Example", "TrainResult", "answer_loss", "evaluate", "format_prompt", "read_examples", "reply",
+        "train", "training_batch",
     ),
     "reftlab.models": ("load_model",),
     "reftlab.experiment": ("Experiment",),
@@ -68,12 +68,15 @@ _HOMES = {
     ),
 }  # fmt: skip
 
+_PACKAGES = {home.split(".")[1] for home in _HOMES} | {"compat", "measuring", "plotting"}
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = ["__version__", *_HOME_OF]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"reftlab.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'reftlab' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME_OF[name]), name)

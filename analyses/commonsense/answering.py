@@ -11,7 +11,7 @@ from questions import Question, endings
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from reftlab.training.data import format_prompt
+import reftlab as rl
 
 __all__ = ["choice_scores", "option_scores"]
 
@@ -37,7 +37,7 @@ def choice_scores(
     if any(len(one) != 1 for one in ids):
         raise ValueError(f"answers must differ in one token; {rest} are {ids}")
     prompts = [
-        format_prompt(tokenizer, question.instruction, chat=True) + begin if chat else question.prompt
+        rl.format_prompt(tokenizer, question.instruction, chat=True) + begin if chat else question.prompt
         for question in questions
     ]
     encoded = [tokenizer(text, add_special_tokens=not chat)["input_ids"] for text in prompts]

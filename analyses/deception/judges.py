@@ -17,7 +17,6 @@ from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 
 import reftlab as rl
-from reftlab.training.data import format_prompt
 
 PLAIN = "You judge arguments."
 CAREFUL = (
@@ -62,7 +61,7 @@ def yes_minus_no(
         [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words] for words in (YES, NO)
     ]
     yes, no = ([ids[0] for ids in words if len(ids) == 1] for words in spelled)
-    prompts = [format_prompt(tokenizer, question(text), chat=True, system=system) for text in texts]
+    prompts = [rl.format_prompt(tokenizer, question(text), chat=True, system=system) for text in texts]
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     scores = np.zeros(len(prompts))
     tokenizer.padding_side = "left"

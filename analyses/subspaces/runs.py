@@ -19,7 +19,6 @@ import reftlab as rl
 from reftlab.demo import UNSEEN
 from reftlab.explaining.geometry.tokens import token_effects
 from reftlab.explaining.subject import Subject
-from reftlab.training.data import format_prompt
 
 __all__ = ["Bare", "Run", "bare_of", "batch_of", "run_of", "write_whole"]
 
@@ -218,7 +217,7 @@ def bare_of(model: Any, tokenizer: Any, block: int) -> Bare:
 
 def batch_of(tokenizer: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Prompts in the chat template, padded on the left."""
-    texts = [format_prompt(tokenizer, prompt, chat=True) for prompt in prompts]
+    texts = [rl.format_prompt(tokenizer, prompt, chat=True) for prompt in prompts]
     tokenizer.padding_side = "left"
     batch = dict(tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False))
     return {**batch, "position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)}

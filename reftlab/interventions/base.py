@@ -8,6 +8,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -363,7 +364,8 @@ def number(value: Any, argument: str, low: float = -float("inf"), high: float = 
 
 
 def whole(value: Any, argument: str, low: int) -> int:
-    """Check that an argument is a whole number of `low` or more and return it."""
+    """Check that an argument is a whole number of `low` or more and return it; numpy's are taken too."""
+    value = value.item() if isinstance(value, np.integer) else value
     if type(value) is not int or value < low:
         raise InterventionError(f"{argument}={value!r}: expected a whole number of {low} or more")
     return value

@@ -13,7 +13,7 @@ from judges import examples
 import reftlab as rl
 
 if TYPE_CHECKING:
-    from run import Study
+    from study import Study
 
 METHODS = ("mean_difference", "logistic")
 BLOCKS = "blocks[9,14,19,24,29].output"

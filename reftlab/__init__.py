@@ -49,8 +49,8 @@ _HOMES = {
         "kl_divergence", "logit_diff", "sweep", "sweep_paths",
     ),
     "reftlab.training": (
-        "Evaluation", "Example", "TrainResult", "answer_loss", "evaluate", "format_prompt", "read_examples", "reply",
-        "train", "training_batch",
+        "Evaluation", "Example", "TrainResult", "answer_loss", "evaluate", "format_prompt", "read_examples",
+        "reply", "train", "training_batch",
     ),
     "reftlab.models": ("load_model",),
     "reftlab.experiment": ("Experiment",),
@@ -64,7 +64,7 @@ _HOMES = {
         "Faithfulness", "InterchangeAccuracy", "Interference", "LeaveOneOut", "Mediation", "ShapleyValues",
         "SubspaceAngles", "composition", "direct_effect", "dose_response", "driving_contexts", "edit_angles",
         "explain", "faithfulness", "fit_lens", "interchange_accuracy", "interference", "leave_one_out",
-        "mediate", "shapley", "subspace_angles",
+        "mediate", "promoted_tokens", "shapley", "subspace_angles",
     ),
 }  # fmt: skip
 

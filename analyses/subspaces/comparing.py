@@ -90,7 +90,7 @@ def alone(runs: Sequence[Run], bare: Bare) -> pd.DataFrame:
                 "instructed_overlap": overlap(span(instructed[:, None]), write),
                 "divergence_from_bare": float(away.mean()),
                 "promoted": " ".join(run.facts["promoted"]),
-                "unseen": " | ".join(run.facts["unseen"]),
+                "unseen": " | ".join(run.facts["unseen"]).replace("\n", "⏎"),
                 **kept,
                 **random,
             }

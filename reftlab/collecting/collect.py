@@ -44,7 +44,7 @@ __all__ = ["collect"]
 def collect(
     model: BoundModel | nn.Module,
     data: Any,
-    *sites: str | Read,
+    *sites: str | Read | Sequence[str | Read],
     positions: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     batch_size: int = 64,
@@ -73,8 +73,8 @@ def collect(
             positions are among them, such as `generated(0:)`: what stands in a prompt does not depend
             on them.
         *sites: as for `BoundModel.read`, `"blocks[5].output"`, `"blocks[*].output @ last"` or `Read`
-            objects; without any, the graph's own reads. They may differ in depth and positions, and the
-            results have the names that `BoundModel.read` gives them.
+            objects, or lists of these; without any, the graph's own reads. They may differ in depth and
+            positions, and the results have the names that `BoundModel.read` gives them.
         positions: positions for those that name none, `all` unless given. Positions of each row,
             `rows([3], [4, 5], …)`, are those of each example.
         tokenizer: for texts, and for positions that look at text; a bound model's own unless given.
@@ -118,7 +118,10 @@ def collect(
     if (chat or system is not None) and not (isinstance(source, TokenRows) and source.texts):
         raise DataError("chat= and system= are for texts, and data are token ids or batches; leave them out")
     reft, example = _bound(model, tokenizer, source)
-    wanted = wanted_reads(reft, sites, positions, example, ready=isinstance(source, ReadyBatches))
+    listed = [one for site in sites for one in (site if isinstance(site, list | tuple) else (site,))]
+    if sites and not listed:
+        raise DataError("sites=[]: expected sites such as 'blocks[5].output @ last', one or more")
+    wanted = wanted_reads(reft, listed, positions, example, ready=isinstance(source, ReadyBatches))
     if isinstance(source, TokenRows) and not _reads_answers(reft, wanted):
         source = source.without_answers()
     work = _Work(reft, wanted, source, tokenizer, tasks_of(tasks, source), select, kept_as, progress)

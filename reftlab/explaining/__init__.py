@@ -21,6 +21,7 @@ from reftlab.explaining.geometry.contexts import Contexts
 from reftlab.explaining.geometry.directions import Directions, find_directions
 from reftlab.explaining.geometry.driving import driving_contexts
 from reftlab.explaining.geometry.edit_angles import EditAngles, edit_angles
+from reftlab.explaining.geometry.edit_tokens import promoted_tokens
 from reftlab.explaining.geometry.lens import DataLens
 from reftlab.explaining.geometry.lens_fit import fit_lens
 from reftlab.explaining.geometry.tokens import TokenEffect, TokenEffects, readable_token
@@ -71,6 +72,7 @@ __all__ = [
     "interference",
     "leave_one_out",
     "mediate",
+    "promoted_tokens",
     "readable_token",
     "shapley",
     "subspace_angles",

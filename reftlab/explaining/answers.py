@@ -7,13 +7,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from reftlab.errors import DataError
+from reftlab.errors import DataError, ReftlabError
 from reftlab.explaining.budget import Budget
-from reftlab.explaining.section import Section, answered
+from reftlab.explaining.causes.given import whole_place
+from reftlab.explaining.section import NotApplicable, Section, answered
 from reftlab.explaining.subject import Subject
+from reftlab.graph import BASE
+from reftlab.runtime import BoundModel
 from reftlab.runtime.calls import continues_texts
+from reftlab.sweeping.sites import swept_sites
 
 __all__ = ["NAMES", "Plan", "answers"]
+
+_DRAWS, _MOST_DRAWS = 5, 20
+"""Fewest and most draws of a random control."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ def answers(subject: Subject, plan: Plan, budget: Budget) -> Iterator[Section]:
         if plan.only is not None and empty.name not in plan.only:
             continue
         if not subject.reft.edits:
-            yield replace(empty, missing="there are no edits")
+            yield replace(empty, missing="there are no edits", applies=False)
             continue
         yield answered(empty, lambda e=empty, w=work: w(subject, plan, e, budget.left), budget)  # type: ignore[misc]
 
@@ -63,11 +70,9 @@ def _contexts(subject: Subject, plan: Plan, empty: Section, seconds: float | Non
 def _faithfulness(subject: Subject, plan: Plan, empty: Section, seconds: float | None) -> Section:
     from reftlab.explaining.evidence.faithfulness import faithful
 
-    claims = 12
     found = faithful(
-        subject.reft, subject.behaviour, subject.recorded, draws=max(2, plan.runs // claims - 1),
-        max_edits=2, budget=seconds, progress=plan.progress,
-        seed=plan.seed,
+        subject.reft, subject.behaviour, subject.recorded, draws=_DRAWS, max_edits=2, runs=plan.runs,
+        budget=seconds, progress=plan.progress, seed=plan.seed,
     )  # fmt: skip
     return _told(empty, found)
 
@@ -83,17 +88,12 @@ def _probes(subject: Subject, plan: Plan, empty: Section, seconds: float | None)
     from reftlab.probing.change import probe_change
 
     if plan.labels is None:
-        raise DataError("there are no labels= of the examples to probe for")
+        raise NotApplicable("there are no labels= of the examples to probe for")
     found = probe_change(
         subject.reft, [row.prompt for row in subject.rows], plan.labels, seed=plan.seed,
         progress=plan.progress, **subject.form,
     )  # fmt: skip
-    gained, lost = found.gained(), found.lost()
-    says = (
-        f"The labels become more decodable at {len(gained)} places because of the edits, less so at "
-        f"{len(lost)}.",
-    )
-    return replace(empty, says=says, result=found)
+    return _told(empty, found)
 
 
 def _mediation(subject: Subject, plan: Plan, empty: Section, seconds: float | None) -> Section:
@@ -108,14 +108,52 @@ def _mediation(subject: Subject, plan: Plan, empty: Section, seconds: float | No
     return _told(empty, found)
 
 
-def _spread(subject: Subject, plan: Plan) -> str:
-    """The blocks' outputs, or as many of them, evenly spread and with the last, as the plan has runs for."""
+def _spread(subject: Subject, plan: Plan) -> list[str]:
+    """The edits' own sites, the last block, and as many others, evenly spread, as the plan has runs for."""
     from reftlab.address import parse_path, resolve
 
-    count = len(resolve(parse_path("blocks[*].output"), subject.reft.model))
-    longest = max(map(len, subject.question.prompts))
+    reft = subject.reft
+    blocks = [str(site) for site in resolve(parse_path("blocks[*].output"), reft.model)]
+    longest, count = max(map(len, subject.question.prompts)), len(blocks)
     step = max(1, math.ceil(2 * count * min(longest, 16) / (4 * plan.runs)))
-    return "blocks[*].output" if step == 1 else f"blocks[{(count - 1) % step}::{step}].output"
+    chosen, others = set(range((count - 1) % step, count, step)), dict[str, str]()
+    for bound in (bound for bound in reft.edits if bound.edit.run == BASE):
+        if str(bound.site) in blocks:
+            chosen.add(blocks.index(str(bound.site)))
+        elif _can_be_patched(reft, whole_place(bound.site)):
+            others[whole_place(bound.site)] = str(bound.edit.at)
+    paths = ["blocks[*].output" if len(chosen) == count else f"blocks[{_listed(chosen)}].output"]
+    for at in dict.fromkeys(others.values()):
+        # One path for all of an edit's sites, where it names no others.
+        own = [place for place, path in others.items() if path == at]
+        named = [str(site) for site in resolve(parse_path(at), reft.model)]
+        paths += [at] if sorted(named) == sorted(own) else own
+    return paths
+
+
+def _can_be_patched(reft: BoundModel, path: str) -> bool:
+    try:
+        swept_sites(reft, path)
+    except ReftlabError:
+        return False
+    return True
+
+
+def _listed(numbers: set[int]) -> str:
+    return ",".join(map(str, sorted(numbers)))
+
+
+def _interchange(subject: Subject, plan: Plan, empty: Section, seconds: float | None) -> Section:
+    from reftlab.explaining.causes.interchange import interchanged, swaps_in
+
+    if not swaps_in(subject.reft):
+        raise NotApplicable("no edit takes its values from a source run")
+    draws = min(_MOST_DRAWS, max(_DRAWS, plan.runs // 5))
+    found = interchanged(
+        replace(subject, metric=None), draws=draws, detailed=max(0, plan.runs - draws - 3), budget=seconds,
+        progress=plan.progress, seed=plan.seed,
+    )  # fmt: skip
+    return _told(empty, found)
 
 
 def _shapley(subject: Subject, plan: Plan, empty: Section, seconds: float | None) -> Section:
@@ -125,7 +163,7 @@ def _shapley(subject: Subject, plan: Plan, empty: Section, seconds: float | None
     by, most = _players(subject), int(math.log2(plan.runs))
     single = parts_of(subject.reft, subject.recorded, by)
     if len(single) < 2:
-        raise DataError("there is one part, which has the whole effect")
+        raise NotApplicable("there is one part, which has the whole effect")
     # A few sampled orders of many parts say next to nothing; all combinations of a few bands are exact.
     parts = single if by == "dimension" else banded(single, most)
     game = game_of(subject.reft, subject.behaviour, parts)
@@ -167,7 +205,7 @@ def _composition(subject: Subject, plan: Plan, empty: Section, seconds: float | 
     from reftlab.explaining.composition.composing import composed
 
     if len({bound.edit.name for bound in subject.reft.edits}) < 2:
-        raise DataError("there is one edit")
+        raise NotApplicable("there is one edit")
     found = composed(
         subject, max_pairs=max(1, plan.runs // 8), budget=seconds, progress=plan.progress, seed=plan.seed
     )
@@ -236,6 +274,17 @@ _SECTIONS: Sequence[tuple[Section, Work]] = (
             how="The same probes, with the same folds, on the vectors of runs without and with the edits.",
         ),
         _probes,
+    ),
+    (
+        Section(
+            "interchange",
+            "evidence",
+            "Whether what the edits swap carries the answer",
+            how="Each answer is the one that should come out once the edits have taken their values from the "
+            "source run. What they swap is compared with random subspaces of as many directions, with whole "
+            "vectors, and with no swap.",
+        ),
+        _interchange,
     ),
     (
         Section(

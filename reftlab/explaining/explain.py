@@ -14,8 +14,9 @@ from reftlab.explaining.budget import Budget
 from reftlab.explaining.causes.removal import Removal, removals
 from reftlab.explaining.evidence.replies import ReplyTable, ask
 from reftlab.explaining.explanation import EditExplanation, Explanation
+from reftlab.explaining.geometry.edit_tokens import FIT, effects_of, lenses_for
+from reftlab.explaining.geometry.lens import DataLens
 from reftlab.explaining.geometry.record import Recorded
-from reftlab.explaining.geometry.tokens import token_effects
 from reftlab.explaining.geometry.vectors import common_axes, sizes_of
 from reftlab.explaining.section import QUESTIONS
 from reftlab.explaining.subject import Subject
@@ -41,12 +42,13 @@ def explain(
     sources: Mapping[str, Mapping[str, Any]] | None = None,
     metric: Any = None,
     labels: Any = None,
+    lens: DataLens | Sequence[DataLens] | str | None = None,
     runs: int = 100,
     budget: float | None = None,
     only: str | Sequence[str] | None = None,
     top: int = 8,
     max_edits: int = 6,
-    draws: int = 3,
+    draws: int = 5,
     max_new_tokens: int = 32,
     progress: bool = True,
     seed: int = 0,
@@ -65,12 +67,15 @@ def explain(
         metric: what to measure of the next token, such as `rl.logit_diff(" yes", " no")`; without it the
             loss on the answers, or where there are none the divergence from the edited model.
         labels: a class for each example, to probe for and to compare directions with.
+        lens: what `rl.fit_lens` gave for an edit's site, or a list of these, or `"fit"` to fit one on these
+            examples wherever an edit acts; the tokens that it reads off each direction stand beside those
+            of the logit lens.
         runs: about how many runs of the model on all examples each section may take; more runs sample more.
         budget: seconds; sections that are reached later are cut short or left out, and say so. None for no
             limit.
         only: names of the sections wanted, besides what is told of each edit; all unless given, none for
-            `[]`. They are `faithfulness`, `contexts`, `angles`, `probes`, `mediation`, `shapley`, `dose`,
-            `direct` and `composition`.
+            `[]`. They are `faithfulness`, `contexts`, `angles`, `probes`, `interchange`, `mediation`,
+            `shapley`, `dose`, `direct` and `composition`.
         top: how many promoted and suppressed tokens to keep for each direction.
         max_edits: for how many edits to measure the answer loss without each of their directions.
         draws: how many random directions to remove from each of those, as a control.
@@ -82,7 +87,7 @@ def explain(
         An `Explanation`; `.save("report.html")` writes it as a report.
 
     Raises:
-        DataError: the examples cannot be used, or there is no tokenizer.
+        DataError: the examples or another argument cannot be used, or there is no tokenizer.
 
     >>> rl.explain(reft, [("What is the sea like?", "🌊🐠🐚")]).save("report.html")  # doctest: +SKIP
     """
@@ -100,14 +105,19 @@ def explain(
             bar.set_postfix_str(what, refresh=False)
             bar.update()
 
+        lenses = lenses_for(subject, lens, reft.edits, seed=seed)
+        if lens == FIT:
+            tick("lens")
         recorded = subject.recorded
         tick("vectors")
         edits = tuple(
-            _explained(subject, bound, recorded, top) for bound in reft.edits if bound.key in recorded.vectors
+            _explained(subject, bound, recorded, lenses.get(bound.key), top)
+            for bound in reft.edits
+            if bound.key in recorded.vectors
         )
         ranks = sorted(map(len, subject.directions.values()), reverse=True)[:max_edits]
         sections = len(NAMES if wanted is None else wanted)
-        bar.total = 2 + sections + len(reft.edits) + sum(rank + draws * (rank > 1) for rank in ranks)
+        bar.total = bar.n + 1 + sections + len(reft.edits) + sum(rank + draws * (rank > 1) for rank in ranks)
         removal = _removal(subject, max_edits=max_edits, draws=draws, seed=seed, tick=tick)
         replies = ReplyTable((), 0, "no replies were asked for (max_new_tokens=0)")
         if max_new_tokens:
@@ -156,13 +166,11 @@ def _first(edits: tuple[EditExplanation, ...], removal: Removal) -> str | None:
     return max(edits, key=lambda one: costs.get(one.edit, one.sizes.median if not costs else 0.0)).edit
 
 
-def _explained(subject: Subject, bound: BoundEdit, recorded: Recorded, top: int) -> EditExplanation:
-    reft, edit, lens = subject.reft, bound.edit, recorded.lens
-    built, vectors = reft.interventions[bound.module], recorded.vectors[bound.key]
-    directions, centres = subject.directions[bound.key], recorded.centres
-    caveat = ""
-    if (bound.site.module, bound.site.side) not in lens.stream:
-        caveat = f"{bound.site} is not the residual stream itself; its vectors are read as if added to it"
+def _explained(
+    subject: Subject, bound: BoundEdit, recorded: Recorded, lens: DataLens | None, top: int
+) -> EditExplanation:
+    edit, vectors = bound.edit, recorded.vectors[bound.key]
+    built = subject.reft.interventions[bound.module]
     numbers = [int(part) for part in bound.site.module.split(".") if part.isdigit()]
     return EditExplanation(
         edit=bound.key,
@@ -173,10 +181,8 @@ def _explained(subject: Subject, bound: BoundEdit, recorded: Recorded, top: int)
         does=edit.intervention.describe() + (f" at strength {edit.strength:g}" if edit.strength != 1 else ""),
         formula=getattr(built, "formula", ""),
         vectors=vectors,
-        directions=directions,
-        tokens=token_effects(
-            lens, reft.tokenizer, directions, centres.get(bound.key), top=top, caveat=caveat
-        ),
+        directions=subject.directions[bound.key],
+        tokens=effects_of(subject, bound, lens, top=top),
         sizes=sizes_of(vectors),
         axes=common_axes(vectors),
     )

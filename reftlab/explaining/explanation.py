@@ -158,6 +158,13 @@ class Explanation:
 
         return summary_of(self)
 
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What could be wrong with all this, in plain sentences: what was left out, and what is weak."""
+        from reftlab.explaining.report.doubts import doubts_of
+
+        return doubts_of(self)
+
     def to_frame(self) -> pd.DataFrame:
         """One line an edit: edit, site, block, positions, size, cosine, loss_change, towards."""
         import pandas as pd

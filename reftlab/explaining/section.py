@@ -8,14 +8,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from reftlab.errors import ReftlabError
+from reftlab.errors import DataError, ReftlabError
 from reftlab.explaining.budget import Budget
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["QUESTIONS", "Result", "Section", "answered"]
+__all__ = ["QUESTIONS", "NotApplicable", "Result", "Section", "answered"]
+
+
+class NotApplicable(DataError):  # noqa: N818, it says what is so and not what went wrong
+    """A question that does not arise, such as how one edit goes together with others."""
+
 
 QUESTIONS = {
     "what": "What does it do?",
@@ -46,6 +51,7 @@ class Section:
         how: what was done, and how to read it.
         result: the numbers, with `to_frame()` and `plot()`; None where there are none.
         missing: why there is no result, or None.
+        applies: False where the question does not arise; `missing` says why.
         note: what was sampled or left out; empty where nothing was.
         seconds: how long it took.
     """
@@ -57,6 +63,7 @@ class Section:
     how: str = ""
     result: Any = None
     missing: str | None = None
+    applies: bool = True
     note: str = ""
     seconds: float = 0.0
 
@@ -75,15 +82,21 @@ class Section:
         return self.result.plot()
 
     def _repr_html_(self) -> str:
-        lines = self.says if self.missing is None else (f"Not available: {self.missing}.",)
+        lines = self.says if self.missing is None else (f"{self._without}: {self.missing}.",)
         text = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
         note = f"<p><small>{html.escape(self.note)}</small></p>" if self.note else ""
         inner = getattr(self.result, "_repr_html_", None)
         return f"<h4>{html.escape(self.title)}</h4>{text}{note}{inner() if inner is not None else ''}"
 
     def __repr__(self) -> str:
-        shown = f"not available: {self.missing}" if self.missing is not None else " ".join(self.says)
+        shown = (
+            f"{self._without.lower()}: {self.missing}" if self.missing is not None else " ".join(self.says)
+        )
         return f"Section({self.name!r}: {shown if len(shown) < 120 else shown[:119] + '…'})"
+
+    @property
+    def _without(self) -> str:
+        return "Not available" if self.applies else "Does not apply"
 
 
 def answered(empty: Section, work: Callable[[], Section], budget: Budget) -> Section:
@@ -99,6 +112,8 @@ def answered(empty: Section, work: Callable[[], Section], budget: Budget) -> Sec
     began = time.perf_counter()
     try:
         made = work()
+    except NotApplicable as error:
+        made = replace(empty, missing=str(error), applies=False)
     except ReftlabError as error:
         made = replace(empty, missing=str(error))
     return replace(made, seconds=time.perf_counter() - began)

@@ -105,8 +105,16 @@ def require_probabilities(estimator: Any, parts: LinearParts) -> None:
         link = "sigmoid" if len(parts.bias) == 1 else "softmax"
         raise GraphError(
             f"probe {_shown(estimator)}: its probabilities for the classes {parts.classes} are not the "
-            f"{link} of its decision values; {instead}"
+            f"{link} of its decision values{_but(said, logits)}; {instead}"
         )
+
+
+def _but(said: Any, logits: Any) -> str:
+    """What several classes' probabilities are in the place of a softmax, where that is known."""
+    each = 1 / (1 + np.exp(-logits))
+    each /= each.sum(1, keepdims=True)
+    one_against_rest = logits.shape[1] > 2 and said.shape == each.shape and np.allclose(said, each, atol=1e-4)
+    return ", but each class's sigmoid over the sum of all, one against the rest" * one_against_rest
 
 
 def _steps(estimator: Any) -> tuple[Any, list[Any]]:

@@ -9,13 +9,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from reftlab.plotting.parts import site_label, site_ticks
 from reftlab.plotting.style import BLACK, BLUE, GREY, VERMILLION, drawable, empty_figure, frame
+from reftlab.plotting.wording import wrapped
 
 __all__ = ["AmnesicPoint", "amnesic_figure"]
 
 _LOOKS = {"leace": ("LEACE", BLUE, "o"), "inlp": ("INLP", VERMILLION, "s")}
 _OTHER = ("", BLACK, "D")
-_MOST_LABELS = 24
 
 
 class AmnesicPoint(NamedTuple):
@@ -52,7 +53,8 @@ def amnesic_figure(
     """
     sites = list(dict.fromkeys(point.site for point in points))
     methods = list(dict.fromkeys(point.method for point in points))
-    figure = empty_figure(min(13.0, max(5.2, 2.4 + 0.55 * len(sites))), 5.6)
+    width = min(13.0, max(5.2, 2.4 + 0.55 * len(sites)))
+    figure = empty_figure(width, 5.6 + 0.04 * max(len(site_label(site)) for site in sites))
     above, below = figure.subplots(2, 1, sharex=True)
     gap = 0.7 / len(methods)
     for point in points:
@@ -61,20 +63,11 @@ def amnesic_figure(
         _scores(below, point, place)
     below.axhline(chance, color=GREY, linestyle=":", linewidth=1.5)
     above.set_ylim(bottom=0)
-    measured = f"|change| of\n{name}" + (f"\n({unit})" if unit else "")
-    frame(
-        above, y=_broken(drawable(measured)), title="Behaviour with the concept erased, beside its controls"
-    )
+    measured = f"|change| of {name}" + (f"\n({unit})" if unit else "")
+    title = "Behaviour with the concept erased,\nbeside its controls"
+    frame(above, y=wrapped(drawable(measured), 28), title=title)
     frame(below, x=axis, y=f"probe's {score}", title="Can a new probe still find the concept?")
-    step = -(-len(sites) // _MOST_LABELS)
-    long = max(map(len, sites)) > 4 and len(sites) > 1
-    below.set_xticks(
-        range(0, len(sites), step),
-        [drawable(site, 40) for site in sites[::step]],
-        rotation=30 if long else 0,
-        ha="right" if long else "center",
-    )
-    below.set_xlim(-0.6, len(sites) - 0.4)
+    site_ticks(below, sites, room=0.6)
     figure.legend(
         handles=_handles(points, methods, chance),
         fontsize=8,
@@ -137,9 +130,3 @@ def _handles(points: Sequence[AmnesicPoint], methods: Sequence[str], chance: flo
         handles.append(Line2D([], [], linestyle="", marker="x", color=GREY, label="shuffled labels"))
     handles.append(Line2D([], [], linestyle=":", color=GREY, label=f"chance, {chance:.3g}"))
     return handles
-
-
-def _broken(text: str) -> str:
-    import textwrap
-
-    return "\n".join(line for part in text.split("\n") for line in textwrap.wrap(part, 34))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from reftlab.plotting.style import BLACK, BLUE, GREY, SKY, drawable, empty_figure, frame, message_figure
+from reftlab.plotting.wording import wrapped
 
 __all__ = ["dose_figure"]
 
@@ -41,7 +41,8 @@ def dose_figure(curves: Sequence[Curve], name: str, unit: str, note: str = "") -
         below = number + across >= len(curves)
         frame(axes, x="scale of the edit" if below else "", title=drawable(curves[number][0], 34))
         if number % across == 0:
-            axes.set_ylabel(_wrapped(name, 30) + (f"\n({_wrapped(unit, 30)})" if unit else ""), fontsize=9)
+            measured = f"{name}\n({unit})" if unit else name
+            axes.set_ylabel(wrapped(drawable(measured), 30), fontsize=9)
     figure.legend(
         *panels[0, 0].get_legend_handles_labels(),
         fontsize=8,
@@ -50,7 +51,7 @@ def dose_figure(curves: Sequence[Curve], name: str, unit: str, note: str = "") -
         ncols=2,
     )
     if note:
-        figure.suptitle(_wrapped(note, 40 * across), fontsize=9, x=0.01, ha="left")
+        figure.suptitle(wrapped(drawable(note), 40 * across), fontsize=9, x=0.01, ha="left")
     return figure
 
 
@@ -78,7 +79,3 @@ def _draw(axes: Any, curve: Curve) -> None:
     for mark in (0.0, 1.0):
         if min(scales) <= mark <= max(scales):
             axes.axvline(mark, color=BLACK, linewidth=0.8, linestyle=":", zorder=0.5)
-
-
-def _wrapped(text: str, width: int) -> str:
-    return "\n".join(textwrap.wrap(drawable(text), width))

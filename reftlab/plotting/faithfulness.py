@@ -32,12 +32,13 @@ _OTHER = "length"
 _FILLED: dict[str, Any] = {"facecolor": "#C9C9C9", "edgecolor": "none"}
 _OUTLINE: dict[str, Any] = {"facecolor": "none", "edgecolor": GREY, "linewidth": 1.0, "linestyle": "--"}
 
-_CURVES = {"directions": (BLUE, "o", -1), "reading": (ORANGE, "s", 1)}
+_CURVES = {"directions": (BLUE, "o-", -1), "reading": (ORANGE, "s--", 1)}
 _NAMES = {
-    "constant": "constant:\nthe mean change",
+    "constant": "constant:\nthe mean\nchange",
+    "mean per position": "a mean\nfor each\nposition",
     "steering": "steering\nvector",
-    "norm-matched steering": "norm-matched\nsteering",
-    "linearised": "linear form\nM h + c",
+    "norm-matched steering": "norm-\nmatched\nsteering",
+    "linearised": "linear\nform\nM h + c",
 }
 _CURVE_NAMES = {
     "directions": "only what is written along k directions",
@@ -58,7 +59,7 @@ def faithfulness_figure(lines: Sequence[Line], title: str, enough: float) -> Fig
     curves = {what: sorted(line for line in lines if line[0] == what) for what in _CURVES}
     if not any(not math.isnan(line[2][0]) for line in lines):
         return message_figure(title, "there are no shares to draw")
-    figure = empty_figure(9.0, 4.3)
+    figure = empty_figure(9.4, 4.4)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[1.15, 1])
     for what, points in curves.items():
         _curve(left, points, *_CURVES[what])
@@ -70,6 +71,9 @@ def faithfulness_figure(lines: Sequence[Line], title: str, enough: float) -> Fig
     for axes in (left, right):
         for level, style in ((0.0, "-"), (enough, ":"), (1.0, "-")):
             axes.axhline(level, color=GREY, linewidth=0.9, linestyle=style, zorder=0)
+    # Points at the whole effect stay clear of the frame and of the title.
+    low, high = left.get_ylim()
+    left.set_ylim(min(low, -0.08), max(high, 1.12))
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     frame(left, x="k, number of directions", y="share of the effect kept\n(0 as without edits, 1 as with)",
           title="A few directions in the edits' place")  # fmt: skip
@@ -81,13 +85,14 @@ def faithfulness_figure(lines: Sequence[Line], title: str, enough: float) -> Fig
     return figure
 
 
-def _curve(axes: Axes, points: Sequence[Line], colour: str, mark: str, side: int) -> None:
+def _curve(axes: Axes, points: Sequence[Line], colour: str, look: str, side: int) -> None:
     if not points:
         return
     places = [k + 0.09 * side for _, k, *_ in points]
-    axes.plot(places, [line[2][0] for line in points], "-", color=colour, linewidth=1.4)
+    # Dashes over a whole line let both be seen where the shares are the same.
+    axes.plot(places, [line[2][0] for line in points], look[1:], color=colour, linewidth=1.6)
     for place, line in zip(places, points, strict=True):
-        _point(axes, place, line[2], colour, mark)
+        _point(axes, place, line[2], colour, look[0])
         _controls(axes, place, line[3:], 0.07)
 
 
@@ -119,8 +124,8 @@ def _legend(
     labels: list[str] = []
     for what, points in curves.items():
         if points:
-            colour, mark, _ = _CURVES[what]
-            handles.append(Line2D([], [], color=colour, marker=mark, markersize=6))
+            colour, look, _ = _CURVES[what]
+            handles.append(Line2D([], [], color=colour, marker=look[0], linestyle=look[1:], markersize=6))
             labels.append(_CURVE_NAMES[what])
     if single:
         handles.append(Line2D([], [], color=BLUE, marker="D", markersize=6, linestyle=""))

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
+from reftlab.plotting.parts import Tokens, token_bars
 from reftlab.plotting.style import (
     BLUE,
     GREY,
@@ -22,6 +23,7 @@ from reftlab.plotting.style import (
     frame,
     message_figure,
 )
+from reftlab.plotting.wording import wrapped
 
 __all__ = [
     "axes_figure",
@@ -37,9 +39,7 @@ __all__ = [
 Points: TypeAlias = Any
 """A numpy array `(vector, 2)`."""
 
-Tokens: TypeAlias = Sequence[tuple[str, float]]
-
-_MOST_DIRECTIONS, _WIDE = 6, 130
+_MOST_DIRECTIONS, _WIDE, _FEW = 6, 130, 4
 
 
 def directions_figure(
@@ -51,7 +51,8 @@ def directions_figure(
     figure = empty_figure(7.0, 3.0)
     left, right = figure.subplots(1, 2)
     _amounts(left, labels, mean, std)
-    right.bar(range(len(labels)), gain, color=SKY, edgecolor=BLUE, width=0.6)
+    right.bar(range(len(labels)), gain, color=SKY, edgecolor=BLUE, width=min(0.6, _bar_width(len(labels))))
+    right.set_xlim(-0.6, len(labels) - 0.4)
     _named(right, labels)
     frame(right, x="direction", y="singular value (written per unit read)", title="Gain")
     figure.suptitle(drawable(f"{edit}: directions"), fontsize=11, x=0.01, ha="left")
@@ -71,11 +72,7 @@ def tokens_figure(edit: str, labels: Sequence[str], tokens: Sequence[tuple[Token
             (left, up, BLUE, "promotes"),
             (right, down, VERMILLION, "suppresses"),
         ):
-            axes.barh(range(len(some)), [abs(change) for _, change in some], color=colour, height=0.7)
-            axes.set_yticks(range(len(some)), [drawable(text, 30) for text, _ in some])
-            axes.invert_yaxis()
-            frame(axes, title=f"Direction {label} {word}", grid="x")
-            axes.tick_params(axis="y", length=0)
+            token_bars(axes, some, colour, f"Direction {label} {word}", 30)
     for axes in grid[-1]:
         axes.set_xlabel("size of the logit change", fontsize=9)
     figure.suptitle(drawable(f"{edit}: tokens, direct effect"), fontsize=11, x=0.01, ha="left")
@@ -118,16 +115,20 @@ def removal_figure(
     if not whole:
         return message_figure("Answer loss", "there are no edits")
     count = len(directions)
+    if len(whole) == 1 and list(directions) == list(whole):
+        (name,) = whole
+        return _single_removal(name, whole[name], directions[name], controls.get(name, ()))
     columns = min(3, max(1, count))
     rows = -(-count // columns)
-    figure = empty_figure(9.0, 2.8 + 2.5 * rows)
+    figure = empty_figure(max(5.0, 3.0 * columns) if len(whole) <= _FEW else 9.0, 2.8 + 2.5 * rows)
     parts: Any = [figure]
     if rows:
         parts = figure.subfigures(2, 1, height_ratios=[2.8, 2.5 * rows])
     axes = parts[0].subplots()
-    axes.bar(range(len(whole)), list(whole.values()), color=VERMILLION, width=0.7)
+    axes.bar(range(len(whole)), list(whole.values()), color=VERMILLION, width=_bar_width(len(whole)))
     axes.axhline(0, color=GREY, linewidth=0.8)
-    _named(axes, list(whole), _WIDE)
+    axes.set_xlim(-0.6, len(whole) - 0.4)
+    _named(axes, list(whole), _WIDE if len(whole) > _FEW else 60)
     frame(axes, y="loss change (nats per token)", title="Without the whole edit")
     if rows:
         grid = parts[1].subplots(rows, columns, squeeze=False).ravel()
@@ -138,6 +139,19 @@ def removal_figure(
             removed += [("random", str(n), change) for n, change in enumerate(controls.get(key, ()), 1)]
             _losses(axes, removed)
             axes.set_title(drawable(f"{key}, without one direction"), fontsize=10, loc="left")
+    return figure
+
+
+def _single_removal(
+    name: str, whole: float, directions: Sequence[tuple[str, float]], random: Sequence[float]
+) -> Figure:
+    """The only edit, and each of its directions beside it."""
+    figure = empty_figure(5.4, 3.3)
+    axes = figure.subplots()
+    removed = [("edit", "", whole), *(("direction", label, change) for label, change in directions)]
+    removed += [("random", str(number), change) for number, change in enumerate(random, 1)]
+    _losses(axes, removed)
+    axes.set_title(drawable(f"{name}: without one direction, and without all"), fontsize=10, loc="left")
     return figure
 
 
@@ -209,8 +223,13 @@ def overview_figure(
         return message_figure("Overview", "there are no edits")
     changes = [change for *_, change in edits]
     with_loss = any(change is not None for change in changes)
-    figure = empty_figure(9.0, 5.0 if with_loss else 2.8)
-    panels = figure.subplots(2 if with_loss else 1, 1, squeeze=False)[:, 0]
+    few, count = len(edits) <= _FEW, 2 if with_loss else 1
+    if few:
+        figure = empty_figure(1.0 + 3.4 * count, 3.0)
+        panels = figure.subplots(1, count, squeeze=False)[0]
+    else:
+        figure = empty_figure(9.0, 2.8 if count == 1 else 5.0)
+        panels = figure.subplots(count, 1, squeeze=False)[:, 0]
     blocks = [block for _, block, *_ in edits]
     by_block = None not in blocks and len(set(blocks)) == len(blocks)
     names = [str(block) for block in blocks] if by_block else [key for key, *_ in edits]
@@ -223,25 +242,38 @@ def overview_figure(
         label="median, with the middle half of the vectors",
     )  # fmt: skip
     panels[0].set_ylim(0, 1.12 * max(float(high.max()), 1e-9))
-    _legend_above(panels[0])
     size = "length of the change /\nlength of the vector"
-    frame(panels[0], y=size, title="How large each edit is against the vector it changes")
+    which, left_out = ("the edit", "it") if len(edits) == 1 else ("each edit", "one edit")
+    title = f"How large {which} is against the vector it changes"
+    frame(panels[0], y=size, title=wrapped(title, 40 if few else 90))
     if with_loss:
-        panels[1].bar(places, [change or 0.0 for change in changes], color=VERMILLION, width=0.7)
+        loss = [change or 0.0 for change in changes]
+        panels[1].bar(places, loss, color=VERMILLION, width=_bar_width(len(edits)))
         panels[1].axhline(0, color=GREY, linewidth=0.8)
-        title = "How much the answer loss changes when one edit is left out"
-        frame(panels[1], y="loss change\n(nats per answer token)", title=title)
+        title = f"How much the answer loss changes when {left_out} is left out"
+        frame(panels[1], y="loss change\n(nats per answer token)", title=wrapped(title, 40 if few else 90))
+    axis = "block of the model" if by_block else "edit"
     for axes in panels:
-        _named(axes, names, _WIDE)
+        _named(axes, names, 36 if few else _WIDE)
         axes.set_xlim(-0.6, len(edits) - 0.4)
-    panels[-1].set_xlabel(
-        "block of the model, first to last" if by_block else "edit, first to last", fontsize=9
-    )
+        if few or axes is panels[-1]:
+            axes.set_xlabel(axis if len(edits) == 1 else f"{axis}, first to last", fontsize=9)
+    if few:
+        figure.legend(fontsize=8, frameon=False, loc="outside lower left")
+    else:
+        _legend_above(panels[0])
     return figure
 
 
+def _bar_width(count: int) -> float:
+    """Of bars that are not much wider than tall where there are few."""
+    return min(0.7, 0.15 + 0.12 * count)
+
+
 def _amounts(axes: Axes, labels: Sequence[str], mean: Sequence[float], std: Sequence[float]) -> None:
-    axes.bar(range(len(labels)), mean, yerr=std, color=BLUE, ecolor=ORANGE, capsize=3, width=0.6)
+    width = min(0.6, _bar_width(len(labels)))
+    axes.bar(range(len(labels)), mean, yerr=std, color=BLUE, ecolor=ORANGE, capsize=3, width=width)
+    axes.set_xlim(-0.6, len(labels) - 0.4)
     axes.axhline(0, color=GREY, linewidth=0.8)
     _named(axes, labels)
     frame(axes, x="direction", y="length along the direction", title="Written: mean ± std")
@@ -272,7 +304,9 @@ def _losses(axes: Axes, removed: Sequence[tuple[str, str, float]]) -> None:
     bars = [(label, change, BLUE) for what, label, change in removed if what == "direction"]
     bars += [("all", change, VERMILLION) for what, _, change in removed if what == "edit"]
     random = [change for what, _, change in removed if what == "random"]
-    axes.bar(range(len(bars)), [c for _, c, _ in bars], color=[colour for *_, colour in bars], width=0.6)
+    width = min(0.6, _bar_width(len(bars)))
+    axes.bar(range(len(bars)), [c for _, c, _ in bars], color=[colour for *_, colour in bars], width=width)
+    axes.set_xlim(-0.6, len(bars) - 0.4)
     if random:
         axes.axhspan(min(random), max(random), color=ORANGE, alpha=0.25, linewidth=0, zorder=0.5)
         draws = f"mean and range of {len(random)} random\ndirections within the same span"

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
+from reftlab.plotting.parts import Tokens, token_bars
 from reftlab.plotting.style import (
     BLACK,
     BLUE,
@@ -17,12 +18,11 @@ from reftlab.plotting.style import (
     frame,
     message_figure,
 )
+from reftlab.plotting.wording import block_named, true_minus
 
 __all__ = ["lens_figure", "rank_figure", "two_lenses_figure"]
 
 _MOST_DIRECTIONS, _MOST_TOKENS, _MOST_VALUES = 4, 6, 24
-
-Tokens = Sequence[tuple[str, float]]
 
 _SPECTRA = {
     "linear": ("linear part", BLUE, "o-"),
@@ -56,13 +56,9 @@ def lens_figure(
             right.bar(place, max(r2, -1.0), color=colour, hatch=hatch, edgecolor="white", width=0.6)
             shown = f"{r2:.2f}" if r2 >= -1 else f"{r2:.2g}, off the scale"
             right.annotate(
-                shown.replace("-", "−"),
-                (place, max(r2, 0)),
-                (0, 3),
-                textcoords="offset points",
-                ha="center",
+                true_minus(shown), (place, max(r2, 0)), (0, 3), textcoords="offset points", ha="center",
                 fontsize=8,
-            )
+            )  # fmt: skip
     left.axhline(commonest, color=ORANGE, linestyle="--", linewidth=1.5, label="always the most common token")
     left.set_ylim(0, 1.0)
     left.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12))
@@ -74,7 +70,7 @@ def lens_figure(
         axes.set_xlim(-0.6, len(scores) - 0.4)
     frame(left, y="share of held-out tokens", title="Same next token as the model, 95% interval")
     frame(right, y="held-out R²", title="What enters the final norm")
-    figure.suptitle(drawable(f"Lenses of {site}"), fontsize=11, x=0.01, ha="left")
+    figure.suptitle(drawable(f"Lenses of {block_named(site)}"), fontsize=11, x=0.01, ha="left")
     return figure
 
 
@@ -101,14 +97,9 @@ def two_lenses_figure(
                   ((pair[0], "promotes", BLUE), (pair[1], "suppresses", VERMILLION))]  # fmt: skip
         largest = max([1e-9, *(abs(change) for _, some, *_ in panels for _, change in some)])
         for axes, (name, some, word, colour) in zip(row, panels, strict=True):
-            some = some[:_MOST_TOKENS]
-            axes.barh(range(len(some)), [abs(change) for _, change in some], color=colour, height=0.7)
-            axes.set_yticks(range(len(some)), [drawable(text, 16) for text, _ in some])
-            axes.invert_yaxis()
+            token_bars(axes, some[:_MOST_TOKENS], colour, f"{label} {word} ({name})", 16)
             axes.set_xlim(0, 1.08 * largest)
-            frame(axes, title=f"{label} {word} ({name})", grid="x")
             axes.title.set_fontsize(9)
-            axes.tick_params(axis="y", length=0)
     for axes in grid[-1]:
         axes.set_xlabel("size of the logit change", fontsize=9)
     figure.suptitle(drawable(f"{edit}: tokens of its directions, two lenses"), fontsize=11, x=0.01, ha="left")

@@ -10,11 +10,10 @@ import numpy as np
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 
+from reftlab.plotting.parts import site_label, site_ticks
 from reftlab.plotting.style import BLACK, BLUE, GREY, ORANGE, drawable, empty_figure, frame
 
 __all__ = ["ChangePanel", "probe_change_figure"]
-
-_MOST_LABELS = 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,14 +56,15 @@ def probe_change_figure(
     across = min(3, len(panels))
     down = -(-len(panels) // across)
     width = max(4.4, min(8.0, 1.6 + 0.3 * len(sites)))
-    figure = empty_figure(min(16.0, across * width), 0.9 + 2.9 * down)
+    longest = max(len(site_label(site)) for site in sites)
+    figure = empty_figure(min(16.0, across * width), 0.9 + 2.9 * down + 0.04 * longest)
     alike = len({panel.score for panel in panels}) == 1
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=alike)
     for axes, panel in zip(grid.flat, panels, strict=False):
         _draw(axes, panel)
         name = panel.score if axes in grid[:, 0] or not alike else ""
         frame(axes, x=axis, y=drawable(name), title=drawable(panel.concept, 48))
-        _ticks(axes, sites)
+        site_ticks(axes, sites)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     handles, labels = grid.flat[0].get_legend_handles_labels()
@@ -102,15 +102,3 @@ def _draw(axes: Any, panel: ChangePanel) -> None:
         found = places[panel.significant]
         # Above all curves, whatever their scale.
         axes.plot(found, np.full(len(found), 0.96), transform=axes.get_xaxis_transform(), **_STAR)
-
-
-def _ticks(axes: Any, sites: Sequence[str]) -> None:
-    step = -(-len(sites) // _MOST_LABELS)
-    long = max(map(len, sites)) > 4
-    axes.set_xticks(
-        range(0, len(sites), step),
-        [drawable(site, 32) for site in sites[::step]],
-        rotation=30 if long else 0,
-        ha="right" if long else "center",
-    )
-    axes.set_xlim(-0.4, len(sites) - 0.6)

@@ -9,7 +9,9 @@ from jaxtyping import Bool, Float
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from reftlab.plotting.parts import site_label
 from reftlab.plotting.style import BLACK, BLUE, GREY, ORANGE, drawable, empty_figure, frame, message_figure
+from reftlab.plotting.wording import number
 
 __all__ = ["probe_line_figure", "probe_map_figure"]
 
@@ -31,6 +33,7 @@ def probe_map_figure(
     baseline_name: str = "chance",
     y: str = "block",
     most: float = float("nan"),
+    x: str = "position",
 ) -> Figure:
     """Draw a score for each site and position; white is no better than the baseline.
 
@@ -44,6 +47,7 @@ def probe_map_figure(
         baseline_name: what the baseline is.
         y: what the rows are.
         most: value of the darkest colour; the largest one where it is NaN.
+        x: what the columns are.
     """
     held = values[np.isfinite(values)]
     if not len(held):
@@ -61,20 +65,20 @@ def probe_map_figure(
     )  # fmt: skip
     step = -(-len(rows) // _MOST_LABELS)
     places = list(range(0, len(rows), step))
-    axes.set_yticks(places, [drawable(rows[place], 40) for place in places], fontsize=8)
-    turned = longest * len(columns) > 40
+    axes.set_yticks(places, [site_label(rows[place], 40) for place in places], fontsize=8)
+    turned = longest > 2 and longest * len(columns) > 40
     axes.set_xticks(
         range(len(columns)), [drawable(label, 24) for label in columns], fontsize=8,
         rotation=45 if turned else 0, ha="right" if turned else "center", rotation_mode="anchor",
     )  # fmt: skip
-    axes.set_xlabel("position", fontsize=9)
+    axes.set_xlabel(x, fontsize=9)
     axes.set_ylabel(y, fontsize=9)
     axes.spines[:].set_linewidth(0.5)
     axes.tick_params(length=2, width=0.5)
     bar = figure.colorbar(
         image, ax=axes, pad=0.02, fraction=0.06, extend="min" if held.min() < low else "neither"
     )
-    note = "" if np.isnan(baseline) else f"\nwhite: {baseline_name}, {baseline:.3g}, or less"
+    note = "" if np.isnan(baseline) else f"\nwhite: {baseline_name}, {number(baseline)}, or less"
     bar.set_label(scale + note, fontsize=8)
     bar.ax.tick_params(labelsize=8)
     shown = drawable(title)
@@ -147,14 +151,14 @@ def probe_line_figure(
         )
     if not np.isnan(baseline):
         axes.axhline(
-            baseline, color=BLACK, linestyle=":", linewidth=1.1, label=f"{baseline_name}, {baseline:.3g}"
+            baseline, color=BLACK, linestyle=":", linewidth=1.1, label=f"{baseline_name}, {number(baseline)}"
         )
     step = -(-len(names) // _MOST_LABELS)
     shown = list(range(0, len(names), step))
     frame(axes, x=x, y=scale, grid="y")
     turned = long > 3
     axes.set_xticks(
-        shown, [drawable(names[place], 30) for place in shown], fontsize=8,
+        shown, [site_label(names[place], 30) for place in shown], fontsize=8,
         rotation=45 if turned else 0, ha="right" if turned else "center", rotation_mode="anchor",
     )  # fmt: skip
     axes.set_xlim(-0.6, len(names) - 0.4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from reftlab.plotting.style import (
     frame,
     message_figure,
 )
+from reftlab.plotting.wording import number, wrapped
 
 __all__ = ["leave_one_out_figure", "shapley_figure"]
 
@@ -79,9 +79,9 @@ def shapley_figure(
     axes.axvline(0, color=BLACK, linewidth=0.8)
     _roomy(axes)
     _rows(axes, labels, by)
-    title = f"Shapley values: together {whole:+.3g} {unit}" + (f"\n{note}" if note else "")
+    title = f"Shapley values: together {number(whole, '+.3g')} {unit}" + (f"\n{note}" if note else "")
     frame(axes, x=_change_of(name, unit), y=_BY.get(by, by), grid="x")
-    axes.set_title(_wrapped(title, 86), fontsize=10 if not note else 9, loc="left")
+    axes.set_title(wrapped(drawable(title), 86), fontsize=10 if not note else 9, loc="left")
     figure.legend(
         *axes.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower left", ncols=2
     )
@@ -115,11 +115,15 @@ def leave_one_out_figure(
             # A band of no width would not be seen.
             axis.axvspan(min(means), max(means), facecolor=colour, edgecolor=colour, alpha=0.35, hatch=hatch,
                          linewidth=1.2, zorder=0.5, label=f"range of {len(means)} draws: {text}")  # fmt: skip
-        axis.barh(np.arange(len(labels)), values[:, 0], color=BLUE, height=0.6, label="one part")
+        places = np.arange(len(labels))
+        axis.barh(places, values[:, 0], color=BLUE, height=0.6, alpha=0.85, label="one part")
         _intervals(axis, values, "95% interval over examples")
         axis.axvline(whole, color=VERMILLION, linewidth=1.5, linestyle="--", label="all parts at once")
         axis.axvline(0, color=BLACK, linewidth=0.8)
+        # A bar of next to no length is still seen by its end.
+        axis.plot(values[:, 0], places, "o", color=BLUE, markeredgecolor="white", markersize=6, zorder=3)
         _roomy(axis)
+        _small_values(axis, values)
         frame(axis, x=_change_of(name, unit), title=title, grid="x")
     _rows(axes[0], labels, by)
     figure.legend(
@@ -142,6 +146,22 @@ def _intervals(axes: Any, values: Float[np.ndarray, "part 3"], label: str) -> No
             axes.plot(values[have, end], places, "|", color=BLACK, markersize=6)
 
 
+def _small_values(axes: Any, values: Float[np.ndarray, "part 3"]) -> None:
+    """The number beside each bar that is too short to be read."""
+    low, high = axes.get_xlim()
+    ends = np.where(np.isfinite(values), values, values[:, :1])
+    for place, (value, *_) in enumerate(values):
+        if abs(value) < 0.03 * (high - low):
+            # On the side of 0 that has room.
+            side = 1 if high > -low else -1
+            at = max(ends[place].max(), 0.0) if side > 0 else min(ends[place].min(), 0.0)
+            axes.annotate(
+                number(value, "+.2g"), (at, place), (7 * side, 0), textcoords="offset points",
+                fontsize=7.5, va="center", ha="left" if side > 0 else "right",
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6},
+            )  # fmt: skip
+
+
 def _roomy(axes: Any) -> None:
     """Keep 0 off the frame where all bars go one way."""
     axes.use_sticky_edges = False
@@ -160,8 +180,4 @@ def _rows(axes: Any, labels: Sequence[str], by: str) -> None:
 
 
 def _change_of(name: str, unit: str) -> str:
-    return _wrapped(f"change of {name} ({unit})" if unit else f"change of {name}", 58)
-
-
-def _wrapped(text: str, width: int) -> str:
-    return "\n".join(line for part in text.split("\n") for line in textwrap.wrap(drawable(part), width))
+    return wrapped(drawable(f"change of {name} ({unit})" if unit else f"change of {name}"), 58)

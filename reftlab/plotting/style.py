@@ -12,18 +12,26 @@ import unicodedata
 from typing import TYPE_CHECKING, Any, Literal
 
 from matplotlib import font_manager, ft2font
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+
+from reftlab.plotting.wording import true_minus
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["BLACK", "BLUE", "FONT", "GREEN", "GREY", "ORANGE", "PURPLE", "SKY", "VERMILLION", "YELLOW"]
-__all__ += ["InlineFigure", "drawable", "empty_figure", "frame", "message_figure", "with_glyphs"]
+__all__ = ["BLACK", "BLUE", "DIVERGING", "FONT", "GREEN", "GREY", "ORANGE", "PURPLE", "SKY", "VERMILLION"]
+__all__ += ["YELLOW", "InlineFigure", "drawable", "empty_figure", "frame", "message_figure", "with_glyphs"]
 
 BLACK, GREY = "#222222", "#8A8A8A"
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 """Okabe and Ito's palette (2008), which readers with any colour vision can tell apart."""
+
+DIVERGING = LinearSegmentedColormap.from_list(
+    "reftlab", ["#003B5C", BLUE, "#FFFFFF", VERMILLION, "#7A2E00"]
+).with_extremes(bad="#D9D9D9")
+"""Dark blue far below 0, white at 0, dark red far above it; grey where there is no number."""
 
 FONT = "DejaVu Sans"
 """The font that matplotlib carries, so that figures look alike everywhere."""
@@ -72,7 +80,8 @@ def message_figure(title: str, message: str) -> Figure:
     axes = figure.subplots()
     axes.set_axis_off()
     axes.set_title(drawable(title), fontsize=10, loc="left")
-    axes.text(0, 0.5, drawable(message), wrap=True, va="center", fontsize=9, transform=axes.transAxes)
+    said = drawable(true_minus(message))
+    axes.text(0, 0.5, said, wrap=True, va="center", fontsize=9, transform=axes.transAxes)
     return figure
 
 

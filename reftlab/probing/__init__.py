@@ -9,6 +9,7 @@ from reftlab.probing.control import control_labels
 from reftlab.probing.description import CodeBlock, DescriptionLength, description_length
 from reftlab.probing.directions import MeanDifference, class_directions
 from reftlab.probing.fitted import FittedProbe
+from reftlab.probing.held_out import HeldOut
 from reftlab.probing.inlp import Inlp, inlp
 from reftlab.probing.probe import probe
 from reftlab.probing.result import ProbeMap
@@ -18,6 +19,7 @@ __all__ = [
     "CodeBlock",
     "DescriptionLength",
     "FittedProbe",
+    "HeldOut",
     "Inlp",
     "LinearParts",
     "MeanDifference",

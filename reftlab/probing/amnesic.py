@@ -21,16 +21,19 @@ from reftlab.errors import DataError
 from reftlab.measuring import Estimate
 from reftlab.probing.amnesic_result import Amnesic, Erasure
 from reftlab.probing.amnesic_runs import ErasedRuns, with_place
-from reftlab.probing.cells import Cell, ProbedSite, cells_of_model
-from reftlab.probing.checks import as_groups, seed_number, whole_number
+from reftlab.probing.cells import Cell, cells_of_model
+from reftlab.probing.checks import as_groups, seed_number
 from reftlab.probing.erasing import Draws, Eraser, Method, Vectors, erasers, methods_of
 from reftlab.probing.estimators import Predictions, Probe, blank, out_of_fold, probe_of
 from reftlab.probing.folds import fold_numbers, grouped_splits
 from reftlab.probing.labels import Labels, parse_labels
 from reftlab.probing.scoring import HEADLINE, bootstrap_intervals, chance_levels, scores_of
+from reftlab.probing.significance import adjusted_p_values
+from reftlab.probing.sites import ProbedSite
 from reftlab.runtime import BoundModel
 from reftlab.sweeping.metric import Metric
 from reftlab.training import read_examples
+from reftlab.training.settings import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +48,7 @@ def amnesic(
     data: Any,
     labels: Any,
     site: Any,
-    positions: Any = "last",
+    positions: Any = None,
     *,
     examples: Any = None,
     metric: Metric | Callable[[Tensor], Tensor] | None = None,
@@ -85,7 +88,14 @@ def amnesic(
     for LEACE, which make the p-value exact where labels are exchangeable between groups.
 
     A concept that is erased at some tokens may still be read at others, and in later blocks be computed
-    anew. Several sites are erased one at a time.
+    anew. Several sites are erased one at a time, and so are several positions; the several tokens of one
+    position, such as `last(3)` or `first+last`, are erased together, by one eraser that is fitted on the
+    vectors of them all, each with its example's label.
+
+    `significant` and `p_adjusted` hold for all erasures together: the p-values are those of step-down maxima
+    over draws that all erasures share (Westfall and Young, "Resampling-Based Multiple Testing", 1993,
+    algorithm 2.8). For shuffled labels the chance of any false one among all is thereby at most the level,
+    where labels are exchangeable between groups; for random subspaces this is a comparison, not a proof.
 
     LEACE: Belrose et al., "LEACE: Perfect linear concept erasure in closed form" (2023, arXiv:2306.03819).
     INLP: Ravfogel et al., "Null It Out" (2020, arXiv:2004.07667).
@@ -97,8 +107,10 @@ def amnesic(
         data: texts, (prompt, answer) pairs or whatever else `rl.read_examples` takes.
         labels: the concept, one label for each example: classes; 0 and 1 `(example, label)`; or numbers,
             as for `rl.probe`, the latter two for LEACE alone.
-        site: a path such as `"blocks[5].output"`, or several; `"blocks[*].output"` for each block in turn.
-        positions: at which tokens the concept is erased, and its vectors are taken, in the prompt.
+        site: a path such as `"blocks[5].output"`, an `rl.Read`, or several; `"blocks[*].output"` for each
+            block in turn, `"blocks[5].attn.heads"` for each head.
+        positions: at which tokens the concept is erased, and its vectors are taken, in the prompt, `"last"`
+            unless given; or several positions in a list, each in turn.
         examples: what the behaviour is measured on, if not on `data`.
         metric: as for `rl.behaviour_of`: without it, the loss on the answers, or, where there are none, how
             far the next token's distribution moves from that without erasure.
@@ -125,9 +137,8 @@ def amnesic(
     >>> found = rl.amnesic(model, pairs, is_plural, "blocks[*].output", tokenizer=tokenizer)  # doctest: +SKIP
     >>> found.of("blocks[5].output", "leace").change, found.significant()                   # doctest: +SKIP
     """
-    whole_number(draws, "draws", 1)
-    whole_number(folds, "folds", 2)
-    seed, bootstrap = seed_number(seed), whole_number(bootstrap, "bootstrap", 0)
+    draws, folds = whole("draws", draws, 1), whole("folds", folds, 2)
+    seed, bootstrap = seed_number(seed), whole("bootstrap", bootstrap, 0)
     if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:
         raise DataError(f"level={level!r}: expected a number between 0 and 1, such as 0.95")
     rows = read_examples(data)
@@ -136,7 +147,7 @@ def amnesic(
     judge = _Judge(probe_of(estimator, parsed.kind), parsed, bootstrap, level, seed)
     own, form = as_groups(groups, len(rows)), {"chat": chat, "system": system}
     cells = cells_of_model(
-        model, rows, site, [positions], tokenizer, folder, **form, batch_size=batch_size, progress=progress
+        model, rows, site, positions, tokenizer, folder, **form, batch_size=batch_size, progress=progress
     )
     plain = None
     if isinstance(model, BoundModel) and model.graph.edits:
@@ -146,26 +157,32 @@ def amnesic(
                 model,
                 rows,
                 site,
-                [positions],
+                positions,
                 tokenizer,
                 None,
                 **form,
                 batch_size=batch_size,
                 progress=progress,
             )
-    fold_of = _folds(next(iter(cells.by_place.values())), parsed, own, folds, seed)
+    # Cells of a column that were chosen in one way have the same tokens, and so the same parts.
+    fold_of: dict[int, np.ndarray] = {}
     made: list[tuple[ErasedRuns, list[Erasure]]] = []
-    steps = len(cells.sites) * sum(1 + draws * (1 + (method == "leace")) for method in chosen)
+    steps = len(cells.by_place) * sum(1 + draws * (1 + (method == "leace")) for method in chosen)
     with tqdm(total=steps, desc="amnesic", unit="run", disable=not progress) as bar:
-        for number, cell in cells.of_column(0):
-            place = with_place(model, cells.sites[number], positions, tokenizer)
+        for (number, column), cell in sorted(cells.by_place.items()):
+            assert cell.read is not None
+            assert cell.read.positions is not None
+            place = with_place(model, cells.sites[number], cell.read.positions, tokenizer)
+            if column not in fold_of:
+                fold_of[column] = _folds(cell, parsed, own, folds, seed)
+            part_of = fold_of[column]
             if examples is None:
-                runs = ErasedRuns.of_folds(place, rows, fold_of, own, metric, form)
+                runs = ErasedRuns.of_folds(place, rows, part_of, own, metric, form)
             else:
                 runs = ErasedRuns.of_examples(place, examples, metric, form)
-            y, parts = parsed.of_vectors(cell.values, cell.name, cell.to_end), fold_of[cell.examples]
+            y, parts = parsed.of_vectors(cell.values, cell.name, cell.to_end), part_of[cell.examples]
             vectors = Vectors(cell.take(), y, own[cell.examples], parsed.kind)
-            bare = None if plain is None else replace(vectors, X=plain.by_place[number, 0].take())
+            bare = None if plain is None else replace(vectors, X=plain.by_place[number, column].take())
             found, before = [], judge.score(vectors, parts, None)
             for method in chosen:
                 fitted = partial(_fitted, method, parts=parts, folds=folds, draws=draws, seed=seed)
@@ -175,7 +192,15 @@ def amnesic(
                 after = judge.score(vectors, parts, [one.real for one in split])
                 found.append(
                     _erasure(
-                        runs, cells.sites[number], method, used, without, (before, after), judge, bar.update
+                        runs,
+                        cells.sites[number],
+                        cells.columns[column],
+                        method,
+                        used,
+                        without,
+                        (before, after),
+                        judge,
+                        bar.update,
                     )
                 )
             made.append((runs, found))
@@ -271,6 +296,7 @@ class _Judge:
 def _erasure(
     runs: ErasedRuns,
     site: ProbedSite,
+    position: str,
     method: Method,
     parts: Sequence[Draws],
     without: Sequence[Draws] | None,
@@ -281,7 +307,7 @@ def _erasure(
     """Measure an eraser and its controls.
 
     Args:
-        runs, site, method, judge: what they say.
+        runs, site, position, method, judge: what they say.
         parts: the erasers of each fold.
         without: the same for the model without its own edits; None where it has none.
         scores: of probes before and after.
@@ -311,9 +337,10 @@ def _erasure(
         p_effect = _share(abs(effect.value - whole), np.abs(random_effects - whole))
     shift = runs.estimate(np.abs(values - runs.before), level, seed)
     return Erasure(
-        site.name, site.block, method, tuple(part.real.rank for part in parts), values,
+        site.name, site.block, position, method, tuple(part.real.rank for part in parts), values,
         runs.estimate(values - runs.before, level, seed), shift, shifts, shuffled_shifts, *scores, effect,
         random_effects, _share(shift.value, shifts), _share(shift.value, shuffled_shifts), p_effect,
+        float("nan"),
     )  # fmt: skip
 
 
@@ -323,6 +350,19 @@ def _share(value: float, control: Float[np.ndarray, " draw"]) -> float:
         return float("nan")
     # Draws that do the same are not to lose by the last bit.
     return float(1 + (control >= value * (1 - 1e-6)).sum()) / (1 + len(control))
+
+
+def _adjusted(erasures: Sequence[Erasure]) -> tuple[Erasure, ...]:
+    """The erasures with p-values that hold for all of them together, against both controls."""
+    found = np.full((2, len(erasures)), np.nan)
+    for row, kind in zip(found, ("random_shifts", "shuffled_shifts"), strict=True):
+        held = [number for number, one in enumerate(erasures) if len(getattr(one, kind))]
+        if held:
+            drawn = [np.array([erasures[n].shift.value, *getattr(erasures[n], kind)]) for n in held]
+            # Draws that do the same are not to lose by the last bit.
+            row[held] = adjusted_p_values([(one / (one.max() or 1.0)).round(6)[None] for one in drawn])
+    adjusted = np.nanmax(found, 0).tolist()
+    return tuple(replace(one, p_adjusted=p) for one, p in zip(erasures, adjusted, strict=True))
 
 
 def _result(
@@ -336,7 +376,7 @@ def _result(
 ) -> Amnesic:
     # Without erasure the runs of all sites are the same.
     runs = made[0][0]
-    erasures = tuple(erasure for _, found in made for erasure in found)
+    erasures = _adjusted([erasure for _, found in made for erasure in found])
     score = HEADLINE[data.kind]
     chance = chance_levels(data.y, data.kind, len(judge.labels.classes))[score]
     effect = None if runs.bare is None else runs.estimate(runs.before - runs.bare, judge.level, judge.seed)

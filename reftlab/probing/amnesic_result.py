@@ -21,11 +21,12 @@ __all__ = ["Amnesic", "Erasure"]
 
 @dataclass(frozen=True, eq=False)
 class Erasure:
-    """One site's concept erased by one method.
+    """The concept erased at one site and position by one method.
 
     Attributes:
         site: the path.
         block: number of the block that it is in, or None.
+        position: at which tokens.
         method: `leace` or `inlp`.
         ranks: how many directions the eraser of each fold removes.
         values: the behaviour of each example, `(example,)`.
@@ -41,10 +42,12 @@ class Erasure:
         p_random, p_shuffled: share of the draws, this one counted among them, whose shift is as large;
             `p_shuffled` is NaN for INLP.
         p_effect: share of the random draws that change the edits' effect as much; NaN without edits.
+        p_adjusted: as `p_value`, but for all erasures of the result together.
     """
 
     site: str
     block: int | None
+    position: str
     method: str
     ranks: tuple[int, ...]
     values: Float[np.ndarray, " example"]
@@ -59,6 +62,7 @@ class Erasure:
     p_random: float
     p_shuffled: float
     p_effect: float
+    p_adjusted: float
 
     @property
     def rank(self) -> int:
@@ -67,19 +71,20 @@ class Erasure:
 
     @property
     def p_value(self) -> float:
-        """The larger of the two p-values: an effect is to exceed both controls."""
+        """The larger of its own two p-values: an effect is to exceed both controls."""
         return float(np.nanmax([self.p_random, self.p_shuffled]))
 
     def __repr__(self) -> str:
+        probe = f"probe {self.probe_before.value:.3g} → {self.probe_after.value:.3g}"
         return (
-            f"Erasure({self.method} at {self.site}: rank {self.rank}, change {self.change}, "
-            f"p {self.p_value:.3g}, probe {self.probe_before.value:.3g} → {self.probe_after.value:.3g})"
+            f"Erasure({self.method} at {self.site} @ {self.position}: rank {self.rank}, change "
+            f"{self.change}, p {self.p_value:.3g} ({self.p_adjusted:.3g} among all), {probe})"
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Amnesic:
-    """What becomes of a behaviour when a concept is erased, site by site.
+    """What becomes of a behaviour when a concept is erased, site by site and position by position.
 
     Attributes:
         name, unit: what is measured of the behaviour.
@@ -87,7 +92,7 @@ class Amnesic:
         weights: how much each counts in a mean, `(example,)`: its answer tokens, or 1.
         before: the behaviour without erasure, `(example,)`.
         effect: what the model's own edits change without erasure; None for a model without edits.
-        erasures: one for each site and method.
+        erasures: one for each site, position and method.
         score: name of the probes' score.
         chance: what it is without information.
         draws: how many controls of each kind there are.
@@ -122,39 +127,43 @@ class Amnesic:
             said.append(f"Of {self.fitted} examples the {len(self.examples)} with an answer were measured.")
         said.append(
             f"p-values come from {self.draws} draws of each control, are no smaller than "
-            f"{1 / (1 + self.draws):.2g}, and are each erasure's own, not adjusted for their number."
+            f"{1 / (1 + self.draws):.2g}; p_random and p_shuffled are each erasure's own, and p_adjusted "
+            f"holds for all {len(self.erasures)} together."
         )
-        left = [f"{e.method} at {e.site}" for e in self.erasures if e.probe_after.low > self.chance]
+        left = [self._named(e) for e in self.erasures if e.probe_after.low > self.chance]
         if left:
             said.append(
                 "New probes still find the concept in vectors that the eraser was not fitted on, so it was "
                 f"not wholly erased: {', '.join(left)}."
             )
-        empty = [f"{e.method} at {e.site}" for e in self.erasures if 0 in e.ranks]
+        empty = [self._named(e) for e in self.erasures if 0 in e.ranks]
         if empty:
             said.append(f"Nothing was found to remove in some or all parts: {', '.join(empty)}.")
         return " ".join(said)
 
-    def of(self, site: str | None = None, method: str | None = None) -> Erasure:
-        """The erasure at one site by one method; either may be left out where there is only one.
+    def of(self, site: str | None = None, method: str | None = None, position: str | None = None) -> Erasure:
+        """The erasure at one site and position by one method; what there is only one of may be left out.
 
         Raises:
             DataError: there is none, or there are several.
         """
-        found = [e for e in self.erasures if site in (None, e.site) and method in (None, e.method)]
+        found = [
+            e
+            for e in self.erasures
+            if site in (None, e.site) and method in (None, e.method) and position in (None, e.position)
+        ]
         if len(found) == 1:
             return found[0]
-        known = [f"{e.method} at {e.site}" for e in self.erasures]
+        known = [self._named(e) for e in self.erasures]
         hint = did_you_mean(str(site), {e.site for e in self.erasures}) if site else ""
-        raise DataError(
-            f"of({site!r}, {method!r}) names {len(found)} erasures; there is {', '.join(known)}.{hint}"
-        )
+        asked = f"{site!r}, {method!r}" + (f", {position!r}" if position is not None else "")
+        raise DataError(f"of({asked}) names {len(found)} erasures; there is {', '.join(known)}.{hint}")
 
     def significant(self, level: float = 0.05) -> tuple[Erasure, ...]:
-        """The erasures that shift the behaviour more than both controls, each judged on its own.
+        """The erasures that shift the behaviour more than both controls, by `p_adjusted`.
 
         Args:
-            level: how often one without any effect may be among them.
+            level: how often any one without effect may be among them.
 
         Raises:
             DataError: so few draws that no p-value can be as small.
@@ -164,7 +173,7 @@ class Amnesic:
                 f"level={level!r}: with draws={self.draws} no p-value is below {1 / (1 + self.draws):.3g}; "
                 f"give draws={int(np.ceil(1 / level)) - 1 if 0 < level < 1 else 20} or more"
             )
-        return tuple(e for e in self.erasures if e.p_value <= level)
+        return tuple(e for e in self.erasures if e.p_adjusted <= level)
 
     def to_frame(self) -> pd.DataFrame:
         """One line an erasure: the behaviour before and after, its change and controls, and the probe."""
@@ -177,6 +186,7 @@ class Amnesic:
         line: dict[str, object] = {
             "site": e.site,
             "block": e.block,
+            "position": e.position,
             "method": e.method,
             "rank": e.rank,
             "before": float(self.before @ weights),
@@ -189,6 +199,7 @@ class Amnesic:
             "shuffled_shift": float(e.shuffled_shifts.mean()) if len(e.shuffled_shifts) else float("nan"),
             "p_random": e.p_random,
             "p_shuffled": e.p_shuffled,
+            "p_adjusted": e.p_adjusted,
             "probe_before": e.probe_before.value,
             "probe_after": e.probe_after.value,
             "probe_after_low": e.probe_after.low,
@@ -209,9 +220,10 @@ class Amnesic:
         """How far each erasure shifts the behaviour beside its controls, and what a probe finds after it."""
         from reftlab.plotting.amnesic import AmnesicPoint, amnesic_figure
 
+        several = len({e.position for e in self.erasures}) > 1
         points = [
             AmnesicPoint(
-                e.site if e.block is None else str(e.block),
+                (e.site if e.block is None else str(e.block)) + f" @ {e.position}" * several,
                 e.method,
                 (e.shift.value, e.shift.low, e.shift.high),
                 tuple(e.random_shifts.tolist()),
@@ -228,8 +240,13 @@ class Amnesic:
             self.unit,
             self.score.replace("_", " "),
             self.chance,
-            "block" if by_block else "site",
+            ("block" if by_block else "site") + " and position" * several,
         )
+
+    def _named(self, e: Erasure) -> str:
+        """What an erasure is called, by position too where there are several."""
+        several = len({one.position for one in self.erasures}) > 1
+        return f"{e.method} at {e.site}" + f" @ {e.position}" * several
 
     def _shown(self) -> tuple[Erasure, ...]:
         """The erasures, without block numbers where these do not tell sites apart."""

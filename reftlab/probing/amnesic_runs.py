@@ -12,12 +12,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import nn
 
+from reftlab.address import Position
 from reftlab.errors import BindError
 from reftlab.graph import Edit, InterventionGraph
 from reftlab.interventions import Scale
 from reftlab.measuring import Behaviour, Estimate, behaviour_of, mean_of
-from reftlab.probing.cells import ProbedSite
 from reftlab.probing.erasing import Eraser
+from reftlab.probing.sites import ProbedSite
 from reftlab.runtime import BoundModel
 from reftlab.runtime.modes import evaluating
 from reftlab.runtime.scan import example_inputs
@@ -180,7 +181,7 @@ class ErasedRuns:
 def with_place(
     model: BoundModel | nn.Module,
     site: ProbedSite,
-    positions: Any,
+    positions: Position,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> tuple[BoundModel, str, tuple[str, ...]]:
     """A model with an edit at a site that does nothing, its name, and the names of the edits before it.
@@ -198,7 +199,13 @@ def with_place(
     taken = {*bound.interventions, *(node.name for node in bound.graph if node.name)}
     key = next(name for name in ("erasure", *(f"erasure {n}" for n in range(1, 10_000))) if name not in taken)
     # Times 1 is exact in every dtype.
-    edit = Edit(key, at=site.name, positions=positions, intervention=Scale(1.0))
+    read = site.read
+    assert read is not None
+    assert read.at is not None
+    edit = Edit(
+        key, at=read.at, positions=positions, intervention=Scale(1.0), heads=read.heads,
+        features=read.features,
+    )  # fmt: skip
     added = InterventionGraph(edit).bind(bound.model, tokenizer, example=_example(bound))
     own = tuple(node.name for node in bound.graph.edits)
     return bound + added, key, own

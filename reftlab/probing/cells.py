@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import nn
+from torch import Tensor, nn
 
-from reftlab.address import Position, Site, SitePath, parse_path, parse_position, resolve
-from reftlab.address.path import Child, Entries, Every
+from reftlab.address import Position, parse_position
 from reftlab.collecting import Activations, SiteVectors, collect
 from reftlab.errors import DataError, did_you_mean
 from reftlab.graph import Read
-from reftlab.runtime import BoundModel
+from reftlab.graph.nodes import replace_read
+from reftlab.probing.sites import ProbedSite, is_list, named_site, reads_of, wanted_sites
+from reftlab.training.data import Encoded
+from reftlab.training.replies import prompt_form
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,21 +30,6 @@ __all__ = ["Cell", "Cells", "ProbedSite", "cells_of_activations", "cells_of_mode
 _COPIES = 4
 """How many copies of a cell's vectors a fit may hold at once: the whole, a training fold of it, an inner fold
 of that, and the latter scaled."""
-
-
-@dataclass(frozen=True)
-class ProbedSite:
-    """A site of a map.
-
-    Attributes:
-        name: the path, such as `blocks[5].output`.
-        raw: the place in the model's own words; the name where the model is not at hand.
-        block: number of the block that it is in, as far as the name says, or None.
-    """
-
-    name: str
-    raw: str
-    block: int | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +100,8 @@ class Cells:
         examples: number of examples.
         per_token: by column, whether an example may have several vectors there.
         activations: what holds the vectors; a temporary folder lives as long as it.
+        chat, system: whether texts went through the chat template, and the system message; None for vectors
+            that were there already.
     """
 
     sites: tuple[ProbedSite, ...]
@@ -121,6 +110,8 @@ class Cells:
     examples: int
     per_token: tuple[bool, ...]
     activations: Activations
+    chat: bool | None = None
+    system: str | None = None
 
     def of_column(self, column: int) -> Iterable[tuple[int, Cell]]:
         """The cells of a column with the number of their site."""
@@ -141,30 +132,42 @@ def cells_of_model(
     Args:
         model: a bound model or any other.
         data: as for `rl.collect`.
-        sites: a path or several.
-        positions: a position, several, or several by name.
+        sites: a path, a read, or several of both.
+        positions: a position, several, or several by name, for sites that name none; `last` for None.
         tokenizer, folder, **collecting: as for `rl.collect`.
 
     Raises:
         AddressError: a site that the model does not have.
         DataError: no sites or positions, or one twice.
     """
-    bare = model.model if isinstance(model, BoundModel) else model
-    found = [site for path in _paths(sites) for site in _sites(path, bare)]
-    _refuse_twice("sites", [site.raw for site in found])
-    places = _positions(positions)
-    reads = {
-        (row, column): Read(site.name, positions=position)
-        for row, site in enumerate(found)
-        for column, position in enumerate(places.values())
-    }
-    own = dict.fromkeys(reads.values())
-    collected = collect(model, data, *own, tokenizer=tokenizer, folder=folder, **collecting)
+    wanted = wanted_sites(sites, model)
+    shared = _positions("last" if positions is None else positions)
+    own = [one.positions for one in wanted if one.positions is not None]
+    if len(own) == len(wanted):
+        if positions is not None:
+            raise DataError(f"positions={positions!r}: every site has positions of its own; leave it out")
+        shared = {}
+    columns = dict(shared)
+    for position in own:
+        if position not in columns.values():
+            columns[str(position)] = position
+    rows = list(dict.fromkeys(one.site for one in wanted))
+    reads: dict[tuple[int, int], Read] = {}
+    for one in wanted:
+        assert one.site.read is not None
+        for column, (name, position) in enumerate(columns.items()):
+            if position == one.positions or (one.positions is None and name in shared):
+                place = rows.index(one.site), column
+                if place in reads:
+                    raise DataError(f"sites name {one.site.name!r} at {str(position)!r} twice")
+                reads[place] = replace_read(one.site.read, positions=position)
+    collected = collect(model, data, *reads.values(), tokenizer=tokenizer, folder=folder, **collecting)
     cells = {
-        place: Cell(f"{found[place[0]].name} @ {list(places)[place[1]]}", read, collected.flat(read.label))
+        place: Cell(f"{rows[place[0]].name} @ {list(columns)[place[1]]}", read, collected.flat(read.label))
         for place, read in reads.items()
     }
-    return _cells(tuple(found), tuple(places), cells, collected)
+    form = _form(model, data, tokenizer, collecting.get("chat"), collecting.get("system"))
+    return replace(_cells(tuple(rows), tuple(columns), cells, collected), **form)
 
 
 def cells_of_activations(activations: Activations, sites: Any, positions: Any) -> Cells:
@@ -172,24 +175,18 @@ def cells_of_activations(activations: Activations, sites: Any, positions: Any) -
 
     Args:
         activations: the vectors.
-        sites: paths in the words of the reads' names, in which `[*]` stands for any block; all for None.
+        sites: paths in the words of the reads' names, in which `[*]` stands for any block, or reads; all
+            for None.
         positions: positions of the reads' names; all for None.
 
     Raises:
         DataError: a path or a position that none of the reads has.
     """
     named = [(name, *_split(name)) for name in activations]
-    names = {site for _, site, _ in named}
-    wanted_sites = names
     if sites is not None:
-        wanted_sites = set()
-        for path in _paths(sites):
-            hits = {site for site in names if _matches(str(path), site)}
-            if not hits:
-                hint = did_you_mean(str(path), names)
-                raise DataError(f"sites={str(path)!r} was not collected; there is {_listed(names)}.{hint}")
-            wanted_sites |= hits
-    columns = list(dict.fromkeys(position for _, site, position in named if site in wanted_sites))
+        wanted = {name for read, _ in reads_of(sites) for name in _collected(read, named)}
+        named = [one for one in named if one[0] in wanted]
+    columns = list(dict.fromkeys(position for _, _, position in named))
     labels = dict(zip(columns, columns, strict=True))
     if positions is not None:
         chosen = {name: str(position) for name, position in _positions(positions).items()}
@@ -198,15 +195,60 @@ def cells_of_activations(activations: Activations, sites: Any, positions: Any) -
                 raise DataError(f"positions={position!r} was not collected; there is {_listed(columns)}")
         labels = {position: name for name, position in chosen.items()}
         columns = list(chosen.values())
-    rows = list(dict.fromkeys(site for _, site, _ in named if site in wanted_sites))
-    found = tuple(ProbedSite(site, site, block_number(site)) for site in rows)
+    rows = list(dict.fromkeys(site for _, site, _ in named))
+    found = tuple(named_site(site) for site in rows)
     cells = {}
     for name, site, position in named:
-        if site in wanted_sites and position in columns:
+        if position in columns:
+            row, column = rows.index(site), columns.index(position)
             shown = f"{site} @ {labels[position]}" if position else site
-            read = _read(site, position)
-            cells[rows.index(site), columns.index(position)] = Cell(shown, read, activations.flat(name))
+            read = found[row].read
+            # A name without positions is one that somebody chose.
+            read = None if read is None or not position else replace_read(read, positions=position)
+            cells[row, column] = Cell(shown, read, activations.flat(name))
     return _cells(found, tuple(labels[position] for position in columns), cells, activations)
+
+
+def _form(
+    model: nn.Module, data: Any, tokenizer: Any, chat: bool | None, system: str | None
+) -> dict[str, Any]:
+    """How `collect` made prompts of the data, which is a question of texts alone."""
+    tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
+    if tokenizer is None or not _are_texts(data):
+        return {"chat": False, "system": None}
+    return dict(prompt_form(model, tokenizer, chat, system))
+
+
+def _are_texts(data: Any) -> bool:
+    """Whether data are neither token ids nor batches, by their first entry."""
+    if isinstance(data, list | tuple):
+        first = data[0]
+        numbers = isinstance(first, list | tuple) and all(type(one) is int for one in first)
+        return not (numbers or isinstance(first, Tensor | Encoded) or _has_tokens(first))
+    names = getattr(data, "column_names", getattr(data, "columns", data))
+    return not (isinstance(data, Tensor | np.ndarray) or _has_tokens(names))
+
+
+def _has_tokens(names: Any) -> bool:
+    batch = isinstance(names, Mapping) and any(isinstance(value, Tensor) for value in names.values())
+    return batch or (not isinstance(names, str) and isinstance(names, Iterable) and "input_ids" in names)
+
+
+def _collected(read: Read, named: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Names of what was collected that a read speaks of, at its positions or at all."""
+    if read.name:
+        hits = [name for name, *_ in named if name == read.name]
+    else:
+        view = "" if read.view.whole else f" ({read.view})"
+        at = None if read.positions is None else str(read.positions)
+        hits = [name for name, site, own in named if _matches(str(read.at), view, site) and at in (None, own)]
+    if not hits:
+        asked = read.label if read.name or read.positions is not None else f"{read.at}{view}"
+        names = [name for name, *_ in named] if read.positions is not None else {one[1] for one in named}
+        raise DataError(
+            f"sites={asked!r} was not collected; there is {_listed(names)}.{did_you_mean(asked, names)}"
+        )
+    return hits
 
 
 def _cells(
@@ -222,21 +264,11 @@ def _cells(
     return Cells(sites, columns, cells, activations.rows, tuple(several), activations)
 
 
-def _paths(sites: Any) -> list[SitePath]:
-    paths = [sites] if isinstance(sites, str | SitePath) else list(sites) if _is_list(sites) else []
-    if not paths or not all(isinstance(path, str | SitePath) for path in paths):
-        raise DataError(f"sites={sites!r}: expected a path such as 'blocks[*].output', or several")
-    for path in paths:
-        if "@" in str(path):
-            raise DataError(f"sites={path!r}: give the positions as positions=, 'last' or several")
-    return [parse_path(path) for path in paths]
-
-
 def _positions(positions: Any) -> dict[str, Position]:
     if isinstance(positions, Mapping):
         found = {str(name): parse_position(value) for name, value in positions.items()}
     else:
-        several = positions if _is_list(positions) else [positions]
+        several = positions if is_list(positions) else [positions]
         parsed = [parse_position(value) for value in several]
         _refuse_twice("positions", [str(position) for position in parsed])
         found = {str(position): position for position in parsed}
@@ -245,54 +277,19 @@ def _positions(positions: Any) -> dict[str, Position]:
     return found
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence | set | tuple) and not isinstance(value, str)
-
-
-def _sites(path: SitePath, model: nn.Module) -> list[ProbedSite]:
-    """The sites that a path names, each under a path of its own."""
-    sites = resolve(path, model)
-    return [ProbedSite(_own_path(path, site), str(site), block_number(str(site))) for site in sites]
-
-
-def _own_path(path: SitePath, site: Site) -> str:
-    if not site.label:
-        return str(path)
-    wide = [number for number, step in enumerate(path.steps) if _is_wide(step)]
-    if len(wide) != 1 or not site.label.isdigit():
-        return str(SitePath(parse_path(f"{site.module}.input").steps, site.side, site.leaf, site.part))
-    steps = list(path.steps)
-    steps[wide[0]] = Entries((int(site.label),))
-    return str(replace(path, steps=tuple(steps)))
-
-
-def _is_wide(step: Any) -> bool:
-    if isinstance(step, Child):
-        return bool(set("*?") & set(step.name))
-    return isinstance(step, Every) or len(step.numbers) > 1
-
-
-def block_number(name: str) -> int | None:
-    """The first number in a path, which in a model of blocks is the block's."""
-    found = re.search(r"(?:^|[.\[])(\d+)(?:[.\]]|$)", name)
-    return None if found is None else int(found[1])
-
-
 def _split(name: str) -> tuple[str, str]:
     site, _, position = name.partition(" @ ")
     return site, position
 
 
-def _read(site: str, position: str) -> Read | None:
-    """The read that a name speaks of; a name without positions is one that somebody chose."""
-    return Read(site, positions=position) if position else None
-
-
-def _matches(path: str, site: str) -> bool:
+def _matches(path: str, view: str, site: str) -> bool:
+    """Whether a path, and the heads or features behind it, is that of a site's name."""
     pattern = re.escape(path).replace(r"\*", r"[^.\[\]]+")
     # Names of reads of one module write its number with a bracket, and those of several with a dot.
     plain = re.escape(re.sub(r"\[(\*|\d+)\]", r".\1", path)).replace(r"\*", r"[^.\[\]]+")
-    return bool(re.fullmatch(pattern, site) or re.fullmatch(plain, site))
+    # A path of heads means each of them, as where a model is probed.
+    behind = re.escape(view) if view or not path.endswith(".heads") else r"( \(heads [^()]+\))?"
+    return bool(re.fullmatch(pattern + behind, site) or re.fullmatch(plain + behind, site))
 
 
 def _refuse_twice(argument: str, names: Sequence[str]) -> None:

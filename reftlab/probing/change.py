@@ -12,17 +12,20 @@ from tqdm.auto import tqdm
 
 from reftlab.address import parse_path, resolve
 from reftlab.errors import AddressError, DataError
+from reftlab.graph import Read
 from reftlab.probing.cells import Cells, cells_of_model
 from reftlab.probing.change_result import ProbeChange
-from reftlab.probing.checks import as_groups, seed_number, whole_number
+from reftlab.probing.checks import as_groups, seed_number
 from reftlab.probing.estimators import Predictions, Probe, blank, predictions, probe_of
 from reftlab.probing.folds import grouped_splits
 from reftlab.probing.labels import Labels, parse_labels
 from reftlab.probing.scoring import HEADLINE, chance_levels, weighted_scores
 from reftlab.probing.significance import adjusted_p_values, label_columns
+from reftlab.probing.sites import path_of
 from reftlab.probing.swaps import Swaps, swap_statistics
 from reftlab.runtime import BoundModel
 from reftlab.runtime.cone import BlockStack
+from reftlab.training.settings import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +40,7 @@ def probe_change(
     data: Any,
     labels: Any,
     sites: Any = None,
-    positions: Any = "last",
+    positions: Any = None,
     *,
     estimator: Any = "auto",
     kind: str = "auto",
@@ -77,9 +80,9 @@ def probe_change(
         reft: a bound model with edits.
         data: as for `rl.collect`.
         labels: one concept's labels as for `rl.probe`, or those of several concepts by name.
-        sites: a path or several; unless given, each edit's own site and the outputs of the blocks from
-            the first one edited on.
-        positions: a position, several, or several by name.
+        sites: a path, an `rl.Read` or several of both, as for `rl.probe`; unless given, each edit's own site
+            and the outputs of the blocks from the first one edited on.
+        positions: a position, several, or several by name, for sites that name none; `"last"` unless given.
         estimator, kind, groups, folds: as for `rl.probe`; `kind` is every concept's.
         permutations: number of swaps; 0 for no p-values.
         bootstrap: resamples of groups for the intervals; 0 for none.
@@ -104,9 +107,8 @@ def probe_change(
     seed = seed_number(seed)
     if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:
         raise DataError(f"level={level!r}: expected a number between 0 and 1, such as 0.95")
-    whole_number(folds, "folds", 2)
-    whole_number(permutations, "permutations", 0)
-    whole_number(bootstrap, "bootstrap", 0)
+    folds, permutations = whole("folds", folds, 2), whole("permutations", permutations, 0)
+    bootstrap = whole("bootstrap", bootstrap, 0)
     wanted = _default_sites(reft) if sites is None else sites
     options: dict[str, Any] = {"chat": chat, "system": system, "batch_size": batch_size, "progress": progress}
     edited = cells_of_model(
@@ -139,11 +141,13 @@ def _parsed(name: Any, labels: Any, kind: str, examples: int) -> Labels:
         raise DataError(f"concept {name!r}: {error}") from error
 
 
-def _default_sites(reft: BoundModel) -> list[str]:
+def _default_sites(reft: BoundModel) -> list[Read | str]:
     """Each edit's own site, and the output of each block from the first that is edited on."""
     stack = BlockStack.of(reft.model)
     # In the words of the edit, where these name one place.
-    own = {str(e.site): str(e.edit.at if e.key == e.edit.name else e.site) for e in reft.edits}
+    own: dict[str, Read | str] = {
+        str(e.site): Read(e.edit.at if e.key == e.edit.name else path_of(e.site)) for e in reft.edits
+    }
     if stack is None:
         return list(own.values())
     numbers = [stack.block_of(edit.site.module) for edit in reft.edits]

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from reftlab.errors import DataError
-from reftlab.probing.cells import ProbedSite
+from reftlab.plotting.wording import block_named, number
+from reftlab.probing.sites import ProbedSite
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -131,6 +132,25 @@ class ProbeChange:
             where = self.concepts[c], self.sites[s].name, self.columns[p]
             found.append(Changed(*where, base, edited, difference, low, high, p_value))
         return tuple(sorted(found, key=lambda one: -abs(one.difference)))
+
+    @property
+    def sentence(self) -> str:
+        """Where concepts are more or less decodable because of the edits, in plain words.
+
+        Raises:
+            DataError: there were too few swaps to tell.
+        """
+        cells = int(np.isfinite(self.p_values).sum())
+        many = f"{cells} place{'s' * (cells != 1)} probed"
+        parts = [
+            f"{word} decodable at {len(found)}, most at {block_named(found[0].site)} "
+            f"({found[0].concept}, {number(found[0].base, '.2f')} to {number(found[0].edited, '.2f')})"
+            for word, found in (("more", self.gained()), ("less", self.lost()))
+            if found
+        ]
+        if not parts:
+            return f"At none of {many} do the edits make labels more or less decodable (adjusted p ≤ 0.05)."
+        return f"Of {many}, the edits make labels {' and '.join(parts)} (adjusted p ≤ 0.05)."
 
     def to_frame(self) -> pd.DataFrame:
         """One line a concept and cell: the three scores with intervals, the difference and its p-value."""

@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from reftlab.errors import DataError
+from reftlab.training.settings import whole
 
 __all__ = ["as_classes", "as_groups", "as_numpy", "as_vectors", "is_missing", "is_unordered", "seed_number"]
-__all__ += ["whole_number"]
 
 _LARGEST_SEED = 2**31 - 1
 """Of what numpy's older generators take, with room for those that are derived from it."""
@@ -98,24 +98,13 @@ def as_groups(
         raise DataError(f"{argument}: {error}; expected names or numbers") from error
 
 
-def whole_number(value: Any, name: str, least: int) -> int:
-    """A whole number of at least so much.
-
-    Raises:
-        DataError: it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise DataError(f"{name}={value!r}: expected a whole number of {least} or more")
-    return int(value)
-
-
 def seed_number(value: Any) -> int:
     """A seed that every generator takes.
 
     Raises:
         DataError: it is not one.
     """
-    seed = whole_number(value, "seed", 0)
+    seed = whole("seed", value, 0)
     if seed > _LARGEST_SEED:
         raise DataError(f"seed={value!r}: expected a whole number from 0 to {_LARGEST_SEED}")
     return seed

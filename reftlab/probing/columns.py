@@ -11,7 +11,7 @@ from reftlab.errors import DataError
 from reftlab.probing.cells import Cell, Cells
 from reftlab.probing.control import control_labels
 from reftlab.probing.estimators import Probe
-from reftlab.probing.folds import Splits, grouped_splits
+from reftlab.probing.folds import Splits, fold_of, grouped_splits
 from reftlab.probing.labels import Labels
 from reftlab.probing.significance import Shuffles
 
@@ -53,6 +53,7 @@ class Column:
         y: label of each vector, as a number.
         groups: group of each vector.
         splits: the folds.
+        folds: the fold that each vector is held out in.
         control: control labels, as numbers; or None.
         types: what has one control label each.
         shuffles: the shuffled orders, or None.
@@ -61,6 +62,7 @@ class Column:
     y: np.ndarray
     groups: np.ndarray
     splits: Splits
+    folds: np.ndarray
     control: np.ndarray | None
     types: str
     shuffles: Shuffles | None
@@ -96,7 +98,8 @@ def column_of(number: int, cell: Cell, cells: Cells, labels: Labels, settings: S
         if any(is_streamed(one, settings) for one in cells.by_place.values()):
             count = min(count, STREAMED_SHUFFLES)
         shuffles = Shuffles.of(y, groups, count, settings.seed)
-    return Column(y, groups, splits, _control(types, y, settings.seed), name, shuffles)
+    folds = fold_of(splits.folds, len(y))
+    return Column(y, groups, splits, folds, _control(types, y, settings.seed), name, shuffles)
 
 
 def _types(control: Any, cell: Cell, groups: np.ndarray, of_tokens: bool) -> tuple[np.ndarray | None, str]:

@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Int
 
 from reftlab.errors import DataError
-from reftlab.probing.checks import as_numpy, whole_number
+from reftlab.probing.checks import as_numpy
+from reftlab.training.settings import whole
 
 __all__ = ["control_labels"]
 
@@ -47,7 +48,7 @@ def control_labels(types: Sequence[Hashable] | Any, labels: Any, seed: int = 0) 
     named = as_numpy(types).tolist() if hasattr(types, "shape") else list(types)
     if not len(named) or len(named) != len(labels):
         raise DataError(f"types has {len(named)} entries and labels {len(labels)}; expected one type a label")
-    seed = whole_number(seed, "seed", 0)
+    seed = whole("seed", seed, 0)
     order = _sorted(labels)
     drawn: dict[str, int] = {}
     picks = np.empty(len(named), dtype=np.int64)

@@ -17,13 +17,15 @@ from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
 from reftlab.errors import DataError
-from reftlab.probing.checks import as_classes, as_groups, as_numpy, as_vectors, whole_number
+from reftlab.probing.checks import as_classes, as_groups, as_numpy, as_vectors
+from reftlab.training.settings import whole
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["FRACTIONS", "CodeBlock", "DescriptionLength", "description_length", "require_code"]
+__all__ = ["FRACTIONS", "CodeBlock", "DescriptionLength", "default_coder", "description_length"]
+__all__ += ["require_code"]
 
 FRACTIONS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0)
 """Where the paper's blocks end, as shares of the examples."""
@@ -121,9 +123,9 @@ class DescriptionLength:
 
 
 def description_length(
-    estimator: Any,
     X: Any,  # noqa: N803
     y: Any,
+    estimator: Any = None,
     groups: Sequence[Any] | Any | None = None,
     *,
     fractions: Sequence[float] = FRACTIONS,
@@ -145,10 +147,11 @@ def description_length(
     the first of the paper's fractions drop out.
 
     Args:
-        estimator: a scikit-learn classifier with `predict_proba`; cloned for every block. A search such as
-            `GridSearchCV` gets the groups of what it is fitted on.
         X: vectors `(n, width)`.
         y: n classes, or `(n, k)` zeros and ones, several labels an example, whose codes are added up.
+        estimator: a scikit-learn classifier with `predict_proba`; a logistic regression of fixed strength on
+            standardised vectors unless given, as in `rl.probe`. Cloned for every block. A search such as
+            `GridSearchCV` gets the groups of what it is fitted on.
         groups: which examples belong together and are kept in one block; each on its own unless given.
         fractions: where blocks end, as shares of the examples, rising to 1.
         seed: of the order of the groups.
@@ -161,16 +164,16 @@ def description_length(
         DataError: labels that are no classes, an estimator without probabilities, or one that cannot be
             fitted on a block's examples.
 
-    >>> from sklearn.linear_model import LogisticRegression
     >>> vectors = np.random.default_rng(0).standard_normal((400, 4))
-    >>> description_length(LogisticRegression(), vectors, vectors[:, 0] > 0).compression > 2
+    >>> description_length(vectors, vectors[:, 0] > 0).compression > 2
     True
     """
     vectors = as_vectors(X)
     targets, classes = _targets(y, len(vectors))
+    estimator = default_coder() if estimator is None else estimator
     require_code(estimator)
     numbers = as_groups(groups, len(vectors))
-    order, ends = _blocks(numbers, classes, fractions, whole_number(seed, "seed", 0))
+    order, ends = _blocks(numbers, classes, fractions, whole("seed", seed, 0))
     found: list[CodeBlock] = [_uniform_block(ends[0], classes, targets.shape[1])]
     for start, end in tqdm(list(itertools.pairwise(ends)), desc="code blocks", disable=not progress):
         bits = frequency = 0.0
@@ -208,6 +211,20 @@ def _targets(y: Any, n: int) -> tuple[Int[np.ndarray, "n k"], int]:
         )
     classes, numbers = as_classes(y, n)
     return numbers[:, None], len(classes)
+
+
+def default_coder() -> Any:
+    """A logistic regression on standardised vectors, the classes as frequent as they are.
+
+    It is their probabilities that make the code, so that they are not weighted.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    from reftlab.probing.estimators import UNCHOSEN_C
+
+    return make_pipeline(StandardScaler(), LogisticRegression(C=UNCHOSEN_C, max_iter=2000))
 
 
 def require_code(estimator: Any) -> None:

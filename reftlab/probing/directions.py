@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
@@ -109,11 +109,11 @@ def _spread(residuals: Float[np.ndarray, "n width"], ways: Float[np.ndarray, "k 
 def class_directions(
     X: Any,  # noqa: N803
     y: Any,
-    method: Method = "mean_difference",
+    estimator: Method | Any = "mean_difference",
 ) -> Float[np.ndarray, "k width"]:
     """Unit vectors along which classes differ.
 
-    | method | direction, two classes | what it is |
+    | estimator | direction, two classes | what it is |
     |---|---|---|
     | `mean_difference` | μ₁ − μ₀ | where the vectors of one class lie as against the other |
     | `lda` | Σ⁻¹ (μ₁ − μ₀) | what tells the classes apart best if both vary with the covariance Σ |
@@ -125,23 +125,23 @@ def class_directions(
     Args:
         X: vectors `(n, width)`.
         y: n classes.
-        method: as in the table.
+        estimator: as in the table, or a linear scikit-learn classifier, which is cloned and fitted.
 
     Returns:
         `(classes, width)` rows of length 1 in the units of the vectors, or `(1, width)` for two classes,
         towards the second.
 
     Raises:
-        DataError: vectors or classes that cannot be used, or classes that do not differ.
+        DataError: vectors, classes or an estimator that cannot be used, or classes that do not differ.
+        GraphError: the estimator is not linear.
 
     >>> class_directions([[0.0, 1.0], [0.0, -1.0], [4.0, 1.0], [4.0, -1.0]], [0, 0, 1, 1]).tolist()
     [[1.0, 0.0]]
     """
-    if method not in get_args(Method):
-        raise DataError(f"method={method!r}: expected {', '.join(map(repr, get_args(Method)))}")
+    probe = _probe(estimator)
     vectors = as_vectors(X).astype(np.float64)
     classes, numbers = as_classes(y, len(vectors))
-    weights = linear_parts(_probe(method).fit(vectors, numbers)).weights
+    weights = linear_parts(probe.fit(vectors, numbers)).weights
     # What all rows share decides between no classes.
     weights = weights if len(weights) == 1 else weights - weights.mean(0)
     lengths = np.linalg.norm(weights, axis=1, keepdims=True)
@@ -152,14 +152,21 @@ def class_directions(
     return found
 
 
-def _probe(method: str) -> Any:
+def _probe(estimator: Any) -> Any:
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    if method == "mean_difference":
+    if not isinstance(estimator, str) and hasattr(estimator, "fit") and not isinstance(estimator, type):
+        return clone(estimator)
+    if estimator not in get_args(Method):
+        raise DataError(
+            f"estimator={estimator!r}: expected {', '.join(map(repr, get_args(Method)))}, or a linear "
+            "scikit-learn classifier"
+        )
+    if estimator == "mean_difference":
         return MeanDifference()
-    if method == "lda":
+    if estimator == "lda":
         return LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
     return make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000))

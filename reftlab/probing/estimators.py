@@ -11,6 +11,7 @@ from sklearn.base import BaseEstimator, clone, is_classifier, is_regressor
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection._search import BaseSearchCV
 from sklearn.multioutput import MultiOutputClassifier
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
@@ -50,6 +51,11 @@ class Probe:
     name: str
     own: BaseEstimator | None
     kind: Kind
+
+    @property
+    def short_name(self) -> str:
+        """The name, or the class of what decides in the user's own estimator, its last step."""
+        return self.name if self.own is None else _decides(self.own)
 
     def build(self, inner: Sequence[tuple[np.ndarray, np.ndarray]] = (), classes: int = 2) -> Any:
         """A new estimator.
@@ -107,6 +113,13 @@ def probe_of(estimator: Any, kind: Kind) -> Probe:
             f"estimator={estimator!r:.80}: the labels are for {right} ({kind}); give one, or kind="
         )
     return Probe(" ".join(repr(estimator).split()), estimator, kind)
+
+
+def _decides(estimator: Any) -> str:
+    if isinstance(estimator, BaseSearchCV):
+        return _decides(estimator.estimator)
+    steps = [step for _, step in getattr(estimator, "steps", ()) if not isinstance(step, str)]
+    return _decides(steps[-1]) if steps else type(estimator).__name__
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from torch import Tensor
 from reftlab.errors import DataError, GraphError
 from reftlab.graph import Condition, Read, probability
 from reftlab.graph.linear_probe import linear_parts
+from reftlab.graph.nodes import replace_read
 from reftlab.interventions import Steer
 from reftlab.probing.labels import Kind
 
@@ -71,20 +72,29 @@ class FittedProbe:
         found = torch.from_numpy((weights / length).astype(np.float32))
         return found[0] if len(found) == 1 and self.kind != "multilabel" else found
 
-    def condition(self, threshold: float = 0.5, label: Any = None) -> Condition:
+    def condition(self, threshold: float = 0.5, label: Any = None, positions: Any = "probed") -> Condition:
         """A condition for an edit's `when=`: the probe holds a class more likely than so.
+
+        It is asked where the vectors came from. One token, such as `last`, decides for a row's whole prompt
+        and, where the edit goes on, for what is generated after it; several decide each for one of the
+        edit's tokens, and there must be as many. They are tokens of the prompt: to decide token by token
+        also while text is generated, for an edit with `phase="both"` or `"decode"`, give `positions=None`.
 
         Args:
             threshold: from 0 to 1. Probes are fitted with classes weighted equally, and so are these
                 probabilities.
             label: which class, or which label of several; of two classes the second unless given.
+            positions: at which tokens it is asked: `"probed"` for those that the probe was fitted on, None
+                for the edit's own, in the prompt as among generated ones, or any others, such as `"first"`.
 
         Raises:
             DataError: a probe of numbers, no such class, or a threshold outside 0 to 1.
             GraphError: a probe without linear probabilities.
+            PositionError: positions that cannot be read.
 
         >>> rl.Edit("calm", at="blocks[9].output", intervention=rl.Zero(),
         ...         when=found["blocks[5].output @ last"].condition(0.9))            # doctest: +SKIP
+        >>> found["blocks[5].output @ last"].condition(0.9, positions=None)          # doctest: +SKIP
         """
         if self.kind == "regression":
             raise DataError(
@@ -97,10 +107,12 @@ class FittedProbe:
             raise DataError(
                 f"{self.name} does not say which site it is; use rl.probability(read, probe.estimator)"
             )
-        place = self._place(label)
+        place, read = self._place(label), self.read
+        if not (isinstance(positions, str) and positions == "probed"):
+            read = replace_read(read, positions=positions)
         if self.kind == "multilabel":
-            return probability(self.read, self.estimator.estimators_[place]) > threshold
-        return probability(self.read, self.estimator, self.estimator.classes_[place].item()) > threshold
+            return probability(read, self.estimator.estimators_[place]) > threshold
+        return probability(read, self.estimator, self.estimator.classes_[place].item()) > threshold
 
     def steer(self, amount: float, norm_matched: bool = False, label: Any = None) -> Steer:
         """Steering along the probe's direction.

@@ -13,7 +13,8 @@ from sklearn.model_selection import KFold, StratifiedGroupKFold, StratifiedKFold
 from reftlab.errors import DataError
 from reftlab.probing.labels import Kind, Labels
 
-__all__ = ["Split", "Splits", "constant_in_groups", "fold_numbers", "grouped_splits"]
+__all__ = ["Split", "Splits", "constant_in_groups", "fold_numbers", "fold_of", "grouped_folds"]
+__all__ += ["grouped_splits"]
 
 _INNER = 3
 
@@ -57,6 +58,17 @@ def grouped_splits(y: np.ndarray, groups: np.ndarray, labels: Labels, folds: int
     Raises:
         DataError: fewer groups than folds, or a class in fewer groups than folds.
     """
+    found = [
+        Split(train, test, _inner(y[train], groups[train], labels.kind, seed + 1 + fold))
+        for fold, (train, test) in enumerate(grouped_folds(y, groups, labels, folds, seed))
+    ]
+    return Splits(tuple(found), _inner(y, groups, labels.kind, seed))
+
+
+def grouped_folds(
+    y: np.ndarray, groups: np.ndarray, labels: Labels, folds: int, seed: int
+) -> list[tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]]:
+    """The same folds without inner splits: for each the rows to train and to test on."""
     count = len(np.unique(groups))
     if count < folds:
         raise DataError(
@@ -66,12 +78,18 @@ def grouped_splits(y: np.ndarray, groups: np.ndarray, labels: Labels, folds: int
         )
     _check_classes(y, groups, labels, folds)
     numbers = fold_numbers(y, groups, labels.kind, folds, seed)
-    found = []
-    for fold in range(folds):
-        train, test = np.flatnonzero(numbers != fold), np.flatnonzero(numbers == fold)
+    found = [(np.flatnonzero(numbers != fold), np.flatnonzero(numbers == fold)) for fold in range(folds)]
+    for fold, (train, _) in enumerate(found):
         _check_training(y[train], y, labels, fold, folds)
-        found.append(Split(train, test, _inner(y[train], groups[train], labels.kind, seed + 1 + fold)))
-    return Splits(tuple(found), _inner(y, groups, labels.kind, seed))
+    return found
+
+
+def fold_of(folds: Sequence[Split], n: int) -> Int[np.ndarray, " n"]:
+    """The fold that each of `n` rows is held out in."""
+    numbers = np.empty(n, dtype=np.int64)
+    for number, split in enumerate(folds):
+        numbers[split.test] = number
+    return numbers
 
 
 def fold_numbers(

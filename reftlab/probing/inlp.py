@@ -18,7 +18,10 @@ from tqdm.auto import tqdm
 from reftlab.errors import DataError
 from reftlab.graph.linear_probe import linear_parts
 from reftlab.interventions.erase import ProjectOut
-from reftlab.probing.checks import as_classes, as_groups, as_vectors, whole_number
+from reftlab.probing.checks import as_classes, as_groups, as_vectors, seed_number
+from reftlab.probing.folds import grouped_folds
+from reftlab.probing.labels import Labels
+from reftlab.training.settings import whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,11 +116,11 @@ class Inlp:
 def inlp(
     X: Any,  # noqa: N803
     y: Any,
-    rounds: int | None = None,
     estimator: Any = None,
     groups: Sequence[Any] | Any | None = None,
-    seed: int = 0,
     *,
+    rounds: int | None = None,
+    seed: int = 0,
     folds: int = 5,
     level: float = 0.05,
     progress: bool = True,
@@ -143,10 +146,10 @@ def inlp(
     Args:
         X: vectors `(n, width)`.
         y: n classes.
-        rounds: at most so many rounds; until chance unless given.
         estimator: a linear scikit-learn classifier; a logistic regression with balanced classes on
             standardised vectors unless given. Cloned for each fit.
         groups: which examples belong together and are held out together; each on its own unless given.
+        rounds: at most so many rounds; until chance unless given.
         seed: of the folds.
         folds: how many.
         level: how often random labels may count as found in one round.
@@ -168,23 +171,24 @@ def inlp(
     vectors = as_vectors(X).astype(np.float64)
     names, classes = as_classes(y, len(vectors))
     numbers = as_groups(groups, len(vectors))
-    most = vectors.shape[1] if rounds is None else whole_number(rounds, "rounds", 1)
-    splits = _splits(classes, numbers, names, whole_number(folds, "folds", 2), whole_number(seed, "seed", 0))
+    most = vectors.shape[1] if rounds is None else whole("rounds", rounds, 1)
+    folds, labels = whole("folds", folds, 2), Labels("classification", classes, tuple(names))
+    splits = grouped_folds(classes, numbers, labels, folds, seed_number(seed))
     chance, threshold = _threshold(classes, numbers, len(splits), level)
     model = _default() if estimator is None else estimator
-    whole = _Track(model, vectors, classes, np.arange(len(vectors)))
+    full = _Track(model, vectors, classes, np.arange(len(vectors)))
     held_out = [(_Track(model, vectors, classes, train), test) for train, test in splits]
     accuracies, removed = [_accuracy(held_out, classes)], [0]
     with tqdm(total=rounds, desc="INLP rounds", disable=not progress) as bar:
-        while accuracies[-1] > threshold and len(accuracies) <= most and whole.advance():
+        while accuracies[-1] > threshold and len(accuracies) <= most and full.advance():
             for track, _ in held_out:
                 track.advance()
             accuracies.append(_accuracy(held_out, classes))
-            removed.append(len(whole.basis))
+            removed.append(len(full.basis))
             bar.update()
     asked = rounds is not None and len(accuracies) > rounds
     return Inlp(
-        whole.basis,
+        full.basis,
         np.stack([vectors[classes == k].mean(0) for k in range(len(names))]).mean(0),
         tuple(accuracies),
         tuple(removed),
@@ -266,30 +270,6 @@ def _accuracy(held_out: list[tuple[_Track, Any]], classes: Int[np.ndarray, " n"]
     for track, test in held_out:
         right[test] = track.predict(test) == classes[test]
     return float(np.mean([right[classes == k].mean() for k in np.unique(classes)]))
-
-
-def _splits(classes: Any, groups: Any, names: list[Any], folds: int, seed: int) -> list[tuple[Any, Any]]:
-    """Examples to fit on and to hold out, for each fold."""
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    for k, name in enumerate(names):
-        count = len(np.unique(groups[classes == k]))
-        if count < folds:
-            fewer = f" or folds={count}" if count > 1 else ""
-            raise DataError(
-                f"y: class {name!r} is in {count} group{'s' * (count != 1)}; {folds} folds need it in at "
-                f"least {folds}, so give more examples{fewer}"
-            )
-    made = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    splits = list(made.split(np.zeros((len(classes), 1)), classes, groups))
-    for train, _ in splits:
-        missing = set(range(len(names))) - set(classes[train].tolist())
-        if missing:
-            raise DataError(
-                f"groups: without one of {folds} folds there is no {names[missing.pop()]!r} to fit on; give "
-                "smaller groups or more folds"
-            )
-    return splits
 
 
 def _threshold(classes: Any, groups: Any, folds: int, level: float) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from torch import nn
 from reftlab.collecting import Activations
 from reftlab.errors import DataError
 from reftlab.probing.cells import Cells, cells_of_activations, cells_of_model
-from reftlab.probing.checks import as_groups, is_unordered, seed_number, whole_number
+from reftlab.probing.checks import as_groups, is_unordered, seed_number
 from reftlab.probing.columns import Settings
 from reftlab.probing.description import require_code
 from reftlab.probing.estimators import probe_of
@@ -21,6 +21,7 @@ from reftlab.probing.result import ProbeMap
 from reftlab.probing.work import Work
 from reftlab.runtime import BoundModel
 from reftlab.runtime.sizes import parse_bytes
+from reftlab.training.settings import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,9 +85,13 @@ def probe(
         labels: one for each example. Anything hashable are classes; fractions are numbers; a 2-D array of
             0 and 1 is several labels. Or a list for each example, with a label for each of its tokens,
             or for each that is chosen.
-        sites: a path or several, `"blocks[*].output"` unless given; of vectors, those of all reads.
-        positions: a position, several, or several by name, each a column of the map; `"last"` unless given;
-            of vectors, those of all reads. Of several tokens each is a vector with the example's label.
+        sites: a path, an `rl.Read` or several of both, `"blocks[*].output"` unless given; of vectors, those
+            of all reads. `"blocks[*].attn.heads"` makes each attention head a site of its own, such as
+            `blocks[2].attn.heads (heads 3)`; a read is taken as it is written, with its `heads=` or
+            `features=`, joined, or all heads together.
+        positions: a position, several, or several by name, each a column of the map, for the sites that name
+            none; `"last"` unless given; of vectors, those of all reads. Of several tokens each is a
+            vector with the example's label.
         estimator: `"logistic"` (L2, classes weighted equally), `"mean_difference"`, `"lda"` (shrunk
             covariance), for numbers `"ridge"`, or a scikit-learn estimator, which is cloned and fitted as it
             is, for several labels one for each. `"auto"` is logistic or ridge.
@@ -120,8 +125,9 @@ def probe(
     >>> found = rl.probe(model, texts, labels, sites="blocks[*].output")            # doctest: +SKIP
     >>> found.plot()                                                                # doctest: +SKIP
     >>> found["blocks[5].output @ last"].steer(4.0)                                 # doctest: +SKIP
+    >>> found.predictions("blocks[5].output @ last")                                # doctest: +SKIP
     """
-    folds, bootstrap = whole_number(folds, "folds", 2), whole_number(bootstrap, "bootstrap", 0)
+    folds, bootstrap = whole("folds", folds, 2), whole("bootstrap", bootstrap, 0)
     seed, budget = seed_number(seed), parse_bytes("memory", memory)
     if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:
         raise DataError(f"level={level!r}: expected a number between 0 and 1, such as 0.95")
@@ -138,15 +144,15 @@ def probe(
         if labels is None:
             raise DataError("labels=None: expected one label for each example")
         cells = cells_of_model(
-            model, data, "blocks[*].output" if sites is None else sites,
-            "last" if positions is None else positions, tokenizer, folder, budget=budget, chat=chat,
-            system=system, tasks=tasks, select=select, batch_size=batch_size, progress=progress,
+            model, data, "blocks[*].output" if sites is None else sites, positions, tokenizer, folder,
+            budget=budget, chat=chat, system=system, tasks=tasks, select=select, batch_size=batch_size,
+            progress=progress,
         )  # fmt: skip
     parsed = parse_labels(labels, kind, cells.examples)
     chosen = probe_of(estimator, parsed.kind)
     if null == "auto":
         null = "linear" if chosen.own is None else "refit"
-    count = _PERMUTATIONS[null] if permutations is None else whole_number(permutations, "permutations", 0)
+    count = _PERMUTATIONS[null] if permutations is None else whole("permutations", permutations, 0)
     if description and parsed.kind == "regression":
         raise DataError("description=True: numbers have no code of finite length; leave it out")
     if description and chosen.own is not None:

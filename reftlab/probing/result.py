@@ -11,9 +11,11 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from reftlab.errors import DataError, did_you_mean
-from reftlab.probing.cells import ProbedSite
+from reftlab.graph import Read
 from reftlab.probing.fitted import FittedProbe
+from reftlab.probing.held_out import HeldOut
 from reftlab.probing.labels import Kind
+from reftlab.probing.sites import ProbedSite
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,10 +54,13 @@ class ProbeMap:
         counts: by column `(column,)`, `examples`, `vectors` and `groups`.
         class_counts: examples, or tokens where these have labels, of each class.
         folds: number of folds.
-        estimator: what was fitted.
+        estimator: what was fitted: a name, or the text of one's own estimator.
+        estimator_name: the same in a word or two: of one's own the class of its last step.
         streamed: cells fitted chunk by chunk `(site, column)`.
-        settings: the further arguments.
+        settings: the further arguments, and whether texts went through the chat template (`chat`, `system`).
         notes: what a reader should know of how it was done.
+        held_out: each cell's out-of-fold predictions by number of site and column; see `predictions`.
+        fit: gives the fitted probe of a cell by number of site and column.
     """
 
     sites: tuple[ProbedSite, ...]
@@ -76,9 +81,11 @@ class ProbeMap:
     class_counts: Mapping[Any, int]
     folds: int
     estimator: str
+    estimator_name: str
     streamed: Bool[np.ndarray, "site column"]
     settings: Mapping[str, Any]
     notes: tuple[str, ...]
+    held_out: Mapping[tuple[int, int], HeldOut] = field(repr=False)
     fit: Callable[[int, int], FittedProbe] = field(repr=False)
 
     @property
@@ -118,15 +125,63 @@ class ProbeMap:
             raise DataError("there are no p-values; probe with permutations=1000")
         return np.asarray(np.nan_to_num(self.p_values, nan=1.0) <= level)
 
-    def __getitem__(self, name: str | tuple[str, str]) -> FittedProbe:
-        """The probe of one cell, `"site @ position"` or a pair such as `best`, fitted on all of its vectors.
+    def __getitem__(self, name: str | tuple[str, str] | Read) -> FittedProbe:
+        """The probe of one cell, fitted on all of its vectors.
+
+        Args:
+            name: `"site @ position"`, a pair of both such as `best`, or a read with positions, such as
+                `rl.Read("blocks[2].attn.heads @ last", heads=3)`.
 
         Raises:
             KeyError: there is no such cell.
         """
         return self.fit(*self._place(name))
 
-    def _place(self, name: str | tuple[str, str]) -> tuple[int, int]:
+    def predictions(self, site: str | tuple[str, str] | Read, position: str | None = None) -> pd.DataFrame:
+        """What the probes of one cell said of each vector that they had not seen: which are wrong?
+
+        The map's scores are those of these predictions. One line a vector: example after example, and
+        of an example with several tokens these in ascending order. Columns are `example` and `token`,
+        numbers from 0 in the data and in the prompt, the `fold` in which it was held out, `label`,
+        `predicted` and, of classes, scores; see `HeldOut`.
+
+        Args:
+            site: the site, or as for `[...]` the cell.
+            position: the position, where `site` does not say it.
+
+        Raises:
+            KeyError: there is no such cell.
+
+        >>> said = found.predictions(found.best)                                   # doctest: +SKIP
+        >>> [texts[n] for n in said.example[said.label != said.predicted]]         # doctest: +SKIP
+        """
+        name = site if position is None or not isinstance(site, str) else (site, position)
+        return self.held_out[self._place(name)].to_frame()
+
+    def by_head(self, metric: str | None = None, position: str | None = None) -> pd.DataFrame:
+        """A metric of attention heads, a row for each block and a column for each head.
+
+        Args:
+            metric: as for `plot`.
+            position: which, where there are several.
+
+        Raises:
+            DataError: not all sites are heads of blocks, or there are several positions.
+
+        >>> heads = rl.probe(model, texts, labels, sites="blocks[*].attn.heads")    # doctest: +SKIP
+        >>> heads.by_head().stack().nlargest(5)                                     # doctest: +SKIP
+        """
+        from reftlab.probing.drawing import by_head
+
+        if position is None and len(self.columns) > 1:
+            raise DataError(f"position=None: there are {list(self.columns)}; say which")
+        if position is not None and position not in self.columns:
+            raise DataError(f"position={position!r}: there are {list(self.columns)}")
+        return by_head(self, metric, 0 if position is None else self.columns.index(position))
+
+    def _place(self, name: str | tuple[str, str] | Read) -> tuple[int, int]:
+        if isinstance(name, Read):
+            name = name.label
         if isinstance(name, tuple) and len(name) == 2:
             name = f"{name[0]} @ {name[1]}" if name[1] else name[0]
         known = {}
@@ -152,6 +207,7 @@ class ProbeMap:
             {
                 "site": np.array([one.name for one in self.sites], dtype=object)[site],
                 "block": pd.array([self.sites[number].block for number in site], dtype="Int64"),
+                "head": pd.array([self.sites[number].head for number in site], dtype="Int64"),
                 "position": np.array(self.columns, dtype=object)[column],
             }
         )
@@ -173,6 +229,8 @@ class ProbeMap:
     def plot(self, metric: str | None = None) -> Figure:
         """A heat map of sites × positions; for one position a line over depth with its interval.
 
+        Heads of blocks at one position are a heat map of blocks × heads.
+
         Args:
             metric: one of `metrics`, `selectivity`, or one of `description`; the headline unless given.
 
@@ -188,8 +246,10 @@ class ProbeMap:
         parts = [
             f"{len(self.sites)} site{'s' * (len(self.sites) != 1)} × {len(self.columns)} position"
             f"{'s' * (len(self.columns) != 1)}",
-            f"{self.estimator:.60}",
+            self.estimator_name,
         ]
+        if self.settings["chat"]:
+            parts.append("chat template")
         if cells:
             site, column = self.best
             where = f"{site} @ {column}" if column else site
@@ -203,7 +263,8 @@ class ProbeMap:
         from reftlab.sweeping.drawing import inline
 
         frame = self.to_frame().sort_values(self.metric, ascending=False, kind="stable")[:10]
-        kept = [name for name in frame if not str(name).endswith("_chance") and name != "streamed"]
+        empty = {"streamed", *(["head"] if frame["head"].isna().all() else [])}
+        kept = [name for name in frame if not str(name).endswith("_chance") and name not in empty]
         table = frame[kept].to_html(index=False, float_format="{:.3g}".format, na_rep="–")
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
         return f"<div><p>{html.escape(repr(self))}</p>{inline(self.plot())}{table}<ul>{notes}</ul></div>"

@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 
 from reftlab.probing.cells import Cell
 from reftlab.probing.estimators import Predictions, blank, predictions
-from reftlab.probing.folds import Split, Splits
+from reftlab.probing.folds import Splits, fold_of
 from reftlab.probing.labels import Kind
 from reftlab.probing.significance import Chunks
 
@@ -154,10 +154,10 @@ def out_of_fold_streamed(
     """
     learned = _learn(stream, y, [(split.train, split.inner) for split in splits.folds], kind)
     found = blank(len(y), y, kind, classes)
-    fold_of = _fold_of(splits.folds, len(y))
+    folds = fold_of(splits.folds, len(y))
     for rows, vectors in stream.in_order():
         for fold, fitted in enumerate(learned):
-            own = fold_of[rows] == fold
+            own = folds[rows] == fold
             if own.any():
                 part = predictions(fitted, vectors[own], kind, classes)
                 places = np.arange(rows.start, rows.stop)[own]
@@ -271,10 +271,3 @@ def _mask(rows: np.ndarray, n: int) -> np.ndarray:
     mask = np.zeros(n, dtype=bool)
     mask[rows] = True
     return mask
-
-
-def _fold_of(folds: Sequence[Split], n: int) -> np.ndarray:
-    numbers = np.empty(n, dtype=np.int64)
-    for number, split in enumerate(folds):
-        numbers[split.test] = number
-    return numbers

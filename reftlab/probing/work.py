@@ -10,17 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.base import clone
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 
 from reftlab.errors import DataError
 from reftlab.probing.cells import Cell, Cells
 from reftlab.probing.columns import STREAMED_SHUFFLES, Column, Settings, column_of, is_streamed
-from reftlab.probing.description import description_length
-from reftlab.probing.estimators import UNCHOSEN_C, Predictions, Probe, fit_on_all, out_of_fold
+from reftlab.probing.description import default_coder, description_length
+from reftlab.probing.estimators import Predictions, Probe, fit_on_all, out_of_fold
 from reftlab.probing.fitted import FittedProbe
+from reftlab.probing.held_out import HeldOut, held_out
 from reftlab.probing.labels import Labels
 from reftlab.probing.result import ProbeMap
 from reftlab.probing.scoring import HEADLINE, METRICS, bootstrap_intervals, chance_levels, scores_of
@@ -55,6 +53,7 @@ class _Found:
     description: dict[str, float]
     statistics: Statistics | None
     alike: bool
+    said: HeldOut
 
 
 @dataclass(eq=False)
@@ -141,16 +140,16 @@ class Work:
         # In float32 the search for a logistic regression's weights ends in rounding errors, and says so.
         vectors: Any = cell.take(dtype=torch.float64) if stream is None else None
 
-        def held_out(y: np.ndarray) -> Predictions:
+        def predicted(y: np.ndarray) -> Predictions:
             if stream is not None:
                 return out_of_fold_streamed(stream, y, shared.splits, kind, classes)
             return out_of_fold(settings.probe, vectors, y, shared.splits.folds, classes)
 
-        found = held_out(shared.y)
+        found = predicted(shared.y)
         control = (
             {}
             if shared.control is None
-            else scores_of(shared.control, held_out(shared.control), kind, classes)
+            else scores_of(shared.control, predicted(shared.control), kind, classes)
         )
         intervals = bootstrap_intervals(
             shared.y, found, kind, classes, shared.groups, settings.bootstrap, settings.level, settings.seed
@@ -162,6 +161,7 @@ class Work:
         return _Found(
             scores_of(shared.y, found, kind, classes), intervals, control, description, statistics,
             stream is None and _alike(vectors, cell.rounding),
+            held_out(self.labels, np.asarray(cell.values.index.numpy()), shared.folds, shared.y, found),
         )  # fmt: skip
 
     def _statistics(
@@ -186,13 +186,12 @@ class Work:
         if probe.own is not None:
             coder = clone(probe.own)
         elif probe.name == "logistic":
-            # Classes as frequent as they are, since it is their probabilities that make the code.
-            coder = make_pipeline(StandardScaler(), LogisticRegression(C=UNCHOSEN_C, max_iter=2000))
+            coder = default_coder()
         else:
             coder = Probe(probe.name, None, "classification").build()
             if probe.name == "lda":
                 coder.set_params(priors=None)
-        found = description_length(coder, vectors, shared.y, shared.groups, seed=self.settings.seed)
+        found = description_length(vectors, shared.y, coder, shared.groups, seed=self.settings.seed)
         return {"bits": found.bits, "compression": found.compression, "gain": found.gain}
 
     def _result(self, found: dict[tuple[int, int], _Found]) -> ProbeMap:
@@ -241,14 +240,18 @@ class Work:
             class_counts=self._class_counts(),
             folds=settings.folds,
             estimator=settings.probe.name,
+            estimator_name=settings.probe.short_name,
             streamed=streamed,
             settings={
                 "permutations": 0 if shared[0].shuffles is None else shared[0].shuffles.count,
                 "bootstrap": settings.bootstrap,
                 "memory": settings.memory,
                 "seed": settings.seed,
+                "chat": self.cells.chat,
+                "system": self.cells.system,
             },
             notes=self._notes(shared, streamed, [cells.by_place[at].name for at in found if found[at].alike]),
+            held_out={place: one.said for place, one in found.items()},
             fit=self.fit,
         )
 
@@ -264,6 +267,12 @@ class Work:
     def _notes(self, shared: list[Column], streamed: np.ndarray, alike: list[str]) -> tuple[str, ...]:
         notes = []
         settings = self.settings
+        if self.cells.chat:
+            system = self.cells.system
+            notes.append(
+                "Texts went through the chat template"
+                + (f", with the system message {system!r:.80}." if system else ".")
+            )
         if len(self.cells.by_place) > 1:
             notes.append(
                 f"The best of {len(self.cells.by_place)} cells is partly luck; its score is optimistic."

@@ -72,7 +72,8 @@ def _each_read(
         for site in sites[read.label]:
             label = f"{read.label}[{site.label}]" if site.label and read.name else read.label
             if site.label and not read.name:
-                label = f"{site} @ {read.positions or 'all'}"
+                part = "" if read.view.whole else f" ({read.view})"
+                label = f"{site}{part} @ {read.positions or 'all'}"
             yield _bound_read(read, site, facts, model, label)
 
 

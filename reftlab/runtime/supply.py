@@ -105,6 +105,8 @@ def aligned(
     partly = supply.here and frame.stop - frame.start < frame.layout.width
     for row, (there, needed) in enumerate(zip(offered, offered if counts is None else counts, strict=True)):
         if there != needed and not (partly and there < needed):
+            if per_row and not read.follows and node.edit.phase == "decode":
+                raise RunError(_of_the_prompt(node, read))
             kind = "condition" if per_row else "source"
             raise RunError(
                 f"edit {node.key!r}: row {row} edits {needed} tokens ({node.edit.positions}) and its {kind} "
@@ -112,12 +114,22 @@ def aligned(
             )
     ranks, most = chosen.vector_ranks, torch.tensor(have)
     if len(ranks) and bool((ranks >= most[rows]).any()):
+        if per_row and not read.follows and node.edit.phase == "both":
+            raise RunError(_of_the_prompt(node, read))
         raise RunError(
             f"edit {node.key!r} needs more of {read.site} ({read.positions} in run {read.run!r}) than was "
             "read so far; run the prompt in one piece"
         )
     starts = torch.tensor([0, *have]).cumsum(0)
     return supply.vectors[(starts[rows] + ranks).to(device)]
+
+
+def _of_the_prompt(node: BoundEdit, read: BoundRead) -> str:
+    return (
+        f"edit {node.key!r} acts on generated tokens, and its condition reads {str(read.positions)!r}, which "
+        "are tokens of the prompt alone; leave the read's positions out, and it is asked of the edit's own "
+        "tokens, generated ones too, or read one token for all of a row's, such as 'last'"
+    )
 
 
 def _rows_of(

@@ -40,7 +40,8 @@ def test_prompts_of_a_template_differ_in_the_countrys_token_alone(asked):
     _, tokenizer, countries, facts = asked
     for name, one in facts.items():
         differing = (one.ids != one.ids[0]).any(0)
-        assert differing.sum() == 1 and differing[one.subject]
+        assert differing.sum() == 1
+        assert differing[one.subject]
         for country, row in zip(countries, one.ids, strict=True):
             assert tokenizer.decode(row[one.subject]).strip() == country["country"], name
 
@@ -50,7 +51,8 @@ def test_pairs_have_different_answers_and_their_examples_ask_for_the_others(stud
     pairs = study[0].pairs_of(list(range(len(facts.ids))), facts)
     assert len(pairs) == sum(a != b for a in facts.answers.tolist() for b in facts.answers.tolist())
     some = study[0].pairs_of(list(range(len(facts.ids))), facts, 5)
-    assert len(set(some)) == 5 and set(some) <= set(pairs)
+    assert len(set(some)) == 5
+    assert set(some) <= set(pairs)
     for (base, other), example in zip(some, study[0].examples(facts, some), strict=True):
         assert (example.prompt, example.answer) == (facts.texts[base], facts.words[other])
         assert example.sources["other"] == facts.texts[other]

@@ -249,6 +249,20 @@ def test_chat_templates_are_used_as_everywhere(llama: Any, tokenizer: Any) -> No
     assert plain["blocks[0].output @ all"].shape[0] == sum(len(own(text)["input_ids"]) for text in TEXTS)
 
 
+def test_sites_in_a_list_are_those_one_after_the_other_and_heads_have_names_of_their_own(llama: Any) -> None:
+    heads = [rl.Read("blocks[1].attn.heads @ last", heads=head) for head in (0, 3)]
+    found = rl.collect(llama, id_rows(), [LAST, *heads], "blocks[0].output @ first", progress=False)
+    apart = rl.collect(llama, id_rows(), LAST, *heads, "blocks[0].output @ first", progress=False)
+    names = ["blocks[1].attn.heads (heads 0) @ last", "blocks[1].attn.heads (heads 3) @ last"]
+    assert list(found) == [LAST, *names, "blocks[0].output @ first"]
+    assert list(apart) == list(found)
+    (whole,) = rl.collect(llama, id_rows(), "blocks[1].attn.heads @ last", progress=False).values()
+    size = whole.shape[1] // 4
+    assert torch.equal(found[heads[0].label], whole[:, :size])
+    assert torch.equal(found[heads[1].label], whole[:, 3 * size :])
+    assert all(torch.equal(found[name], apart[name]) for name in found)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_ready_batches_are_taken_as_they_are(any_model: Any, side: str) -> None:
     batches = [batch_of((7, 4, 9), side), batch_of((3, 8), side, seed=8)]
@@ -383,8 +397,10 @@ WRONG: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     ([[5, 6], [7]], {"sites": ["blocks[0].output @ rows([0])"]}, rl.PositionError, "2 examples"),
     ([[5, 6], [7]], {"sites": ["blocks[0].output @ span('cat')"]}, rl.PositionError, "looks at text needs tokenizer"),
     ([[5, 6], [7]], {"sites": [LAST, rl.Read(LAST, heads=0)]}, rl.AddressError, "heads"),
-    ([[5, 6], [7]], {"sites": [LAST, rl.Read(LAST, features=[0])]}, rl.RunError, "give them names"),
+    ([[5, 6], [7]], {"sites": [rl.Read(LAST, name="a"), rl.Read(LAST, name="a", features=[0])]}, rl.RunError, "give them names"),
     ([[5, 6], [7]], {"sites": []}, rl.RunError, "nothing to collect"),
+    ([[5, 6], [7]], {"sites": [[]]}, rl.DataError, r"sites=\[\]: expected sites such as 'blocks\[5\].output @ last'"),
+    ([[5, 6], [7]], {"sites": [[LAST, 3]]}, rl.RunError, r"read\(3\): expected a site such as"),
     ([[5, 6], [7]], {"sites": ["blocks[0].attn.pattern"]}, rl.DataError, "as long as its prompt"),
     ([[5, 6], []], {}, rl.DataError, "example 1"),
     ([[5, 6], "the cat"], {}, rl.DataError, "example 1"),

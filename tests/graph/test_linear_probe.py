@@ -172,7 +172,7 @@ def refused() -> list[tuple[Any, int, str]]:
         (
             scaled(SGDClassifier(loss="log_loss", random_state=0)),
             3,
-            "are not the softmax of its decision val",
+            "are not the softmax of its decision values, but each class's sigmoid over the sum of all",
         ),
         (huber, 2, "are not the sigmoid of its decision values; compare rl.projection"),
         (calibrated, 2, "is the mean of 3 calibrated classifiers"),

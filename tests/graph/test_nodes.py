@@ -101,6 +101,26 @@ def test_a_read_is_called_what_it_reads_unless_named() -> None:
     assert Read("h[0].output", name="stream").label == "stream"
 
 
+def test_reads_of_different_parts_of_a_site_are_called_by_them() -> None:
+    reads = [
+        Read("h[0].output @ last"),
+        Read("h[0].output @ last", heads=1),
+        Read("h[0].output @ last", heads=2),
+        Read("h[0].output @ last", heads=[1, 2]),
+        Read("h[0].output @ last", features=[1, 2]),
+        Read("h[0].output @ last", features=slice(0, 4)),
+    ]
+    assert [read.label for read in reads] == [
+        "h[0].output @ last",
+        "h[0].output (heads 1) @ last",
+        "h[0].output (heads 2) @ last",
+        "h[0].output (heads 1, 2) @ last",
+        "h[0].output (features 1, 2) @ last",
+        "h[0].output (features 0:4) @ last",
+    ]
+    assert Read("h[0].output", heads=1, name="one").label == "one"
+
+
 def test_a_source_read_fills_in_the_edits_own_place() -> None:
     own = edit(
         at="h[1].output", positions="last", heads=[1], intervention=rl.Swap(), source=Read(run="other")

@@ -41,6 +41,26 @@ def test_colours_are_centred_on_no_change_and_named_with_their_unit():
     assert figure.axes[-1].get_ylabel().replace("\n", " ") == "change of logit difference (logits)"
 
 
+def test_cells_below_0_are_marked_where_grey_print_would_not_tell_them_from_those_above():
+    marked = drawn(heat_map(2, 4))
+    [dashes] = marked.axes[0].collections
+    values = heat_map(2, 4).values
+    assert dashes.get_offsets().tolist() == [
+        [column, row] for row, column in np.argwhere(values < -0.15).tolist()
+    ]
+    assert "below 0" in marked.legends[0].get_title().get_text()
+    one_sign = drawn(heat_map(2, 4, low=0.0))
+    assert not one_sign.axes[0].collections
+    assert not one_sign.legends
+
+
+def test_spaces_inside_a_name_and_sites_that_are_blocks_are_written_in_words():
+    rows = ["model.layers.4.output", "model.layers.4.mlp.output"]
+    axes = drawn(HeatMap("t", np.eye(2), rows, ["all before", "last"], "site", "position")).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["all before", "last"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["block 4", "model.layers.4.mlp.output"]
+
+
 def test_rows_go_up_as_blocks_do_and_tokens_show_their_spaces():
     axes = drawn(heat_map(3, 2)).axes[0]
     assert axes.get_ylim()[0] < axes.get_ylim()[1]

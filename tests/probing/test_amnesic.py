@@ -13,7 +13,9 @@ from sklearn.model_selection import cross_val_predict
 from torch import Tensor
 
 import reftlab as rl
-from reftlab.probing.amnesic import amnesic
+from reftlab.measuring import Estimate
+from reftlab.probing.amnesic import _adjusted, amnesic
+from reftlab.probing.amnesic_result import Erasure
 from reftlab.probing.erasing import Vectors, erasers
 from reftlab.probing.folds import fold_numbers, grouped_splits
 from reftlab.probing.labels import parse_labels
@@ -263,6 +265,102 @@ def test_sites_are_erased_one_at_a_time_and_shown_together(models: dict[str, Pla
         found.significant()
     with pytest.raises(rl.DataError, match=r"names 3 erasures"):
         found.of(method="leace")
+
+
+def test_the_tokens_of_one_position_are_erased_together_by_one_eraser(
+    models: dict[str, PlantedTexts],
+) -> None:
+    plan, held = models["llama"], ["the cat", "John and Mary gave a book to the dog", "who is"]
+    found = run(
+        plan, plan.used, "blocks[1].output", examples=held, methods="leace", draws=1, positions="last(2)"
+    )
+    block = raw_blocks(plan.model)[1]
+    encoded = [plan.tokenizer(text, return_tensors="pt") for text in plan.texts]
+    vectors = torch.cat([plain_read(plan.model, block, row)[0, -2:] for row in encoded]).double()
+    labels = torch.tensor(plan.used).repeat_interleave(2).double()
+    eraser = LeaceEraser.fit(vectors, labels)
+
+    def erase(hidden: Tensor) -> Tensor:
+        hidden[:, -2:] = eraser(hidden[0, -2:].double()).float()
+        return hidden
+
+    with torch.no_grad(), hooked(block, erase):
+        logits = [plan.model(**plan.tokenizer(text, return_tensors="pt")).logits[0, -1] for text in held]
+    expected = [float(one[YES] - one[NO]) for one in logits]
+    assert found.of().position == "last(2)"
+    np.testing.assert_allclose(found.of().values, expected, atol=1e-3)
+    last = run(plan, plan.used, "blocks[1].output", examples=held, methods="leace", draws=1)
+    assert np.abs(found.of().values - last.of().values).max() > 1e-2
+
+
+def test_several_positions_are_erased_one_at_a_time(models: dict[str, PlantedTexts]) -> None:
+    plan, site = models["llama"], "blocks[1].output"
+    options: dict[str, Any] = {"methods": "leace", "draws": 1, "bootstrap": 0}
+    found = run(plan, plan.used, site, positions=["first", "first+last"], **options)
+    assert found.to_frame()["position"].tolist() == ["first", "first+last"]
+    alone = run(plan, plan.used, site, positions="first+last", **options).of()
+    same = found.of(position="first+last")
+    np.testing.assert_allclose(same.values, alone.values, atol=1e-4)
+    np.testing.assert_allclose(same.shuffled_shifts, alone.shuffled_shifts, atol=1e-4)
+    assert same.p_value == alone.p_value
+    assert np.abs(same.values - found.of(position="first").values).max() > 1e-2
+    assert "leace at blocks[1].output @ first+last" in repr(found.erasures[1])
+    axis = found.plot().axes[1]
+    assert axis.get_xlabel() == "block and position"
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["1 @ first", "1 @ first+last"]
+    with pytest.raises(rl.DataError, match=r"names 2 erasures; .*leace at blocks\[1\].output @ first"):
+        found.of(site)
+
+
+def _erasure(shift: float, random: np.ndarray, shuffled: np.ndarray) -> Any:
+    """An erasure of which only the shifts matter."""
+    one = Estimate(shift, shift, shift, 0.95)
+    return Erasure(
+        "site", None, "last", "leace", (1,), np.zeros(2), one, one, random, shuffled, one, one, None,
+        np.zeros(0), 1.0, 1.0, float("nan"), float("nan"),
+    )  # fmt: skip
+
+
+def _stepped_down(shifts: np.ndarray) -> np.ndarray:
+    """Westfall and Young's step-down maxima, `(erasure, 1 + draw)`, written out."""
+    heights = (shifts - shifts.mean(1, keepdims=True)) / shifts.std(1, keepdims=True)
+    order = np.argsort(-heights[:, 0])
+    p, last = np.zeros(len(shifts)), 0.0
+    for place, number in enumerate(order):
+        most = heights[order[place:]].max(0)
+        last = max(last, float((most >= heights[number, 0]).mean()))
+        p[number] = last
+    return p
+
+
+def test_p_values_are_adjusted_for_all_erasures_by_step_down_maxima() -> None:
+    generator = np.random.default_rng(0)
+    random, shuffled = generator.random((5, 40)), generator.random((5, 40))
+    shifts = np.array([3.0, 0.97, 0.5, 0.1, 0.99])
+    made = [_erasure(shift, *drawn) for shift, *drawn in zip(shifts.tolist(), random, shuffled, strict=True)]
+    found = [one.p_adjusted for one in _adjusted(made)]
+    both = [_stepped_down(np.concatenate([shifts[:, None], drawn], 1)) for drawn in (random, shuffled)]
+    assert found == pytest.approx(np.maximum(*both).tolist())
+    assert found[0] == pytest.approx(1 / 41)
+    without = [
+        _erasure(shift, drawn, np.zeros(0)) for shift, drawn in zip(shifts.tolist(), random, strict=True)
+    ]
+    assert [one.p_adjusted for one in _adjusted(without)] == pytest.approx(both[0].tolist())
+    nothing = [_erasure(0.0, np.zeros(19), np.zeros(19)) for _ in range(3)]
+    assert [one.p_adjusted for one in _adjusted(nothing)] == [1.0] * 3
+
+
+def test_of_many_erasures_without_effect_any_is_seldom_significant_together() -> None:
+    together = alone = 0
+    for seed in range(200):
+        generator = np.random.default_rng(seed)
+        # Shifts of neighbouring blocks go together.
+        drawn = np.abs(generator.normal(size=(8, 40)) + generator.normal(size=40))
+        found = _adjusted([_erasure(float(one[0]), one[1:], one[1:]) for one in drawn])
+        together += any(one.p_adjusted <= 0.05 for one in found)
+        alone += any(1 + (one[1:] >= one[0]).sum() <= 0.05 * 40 for one in drawn)
+    assert together <= 18, "more than 18 of 200 has a probability of 1% at 0.05"
+    assert alone > 30
 
 
 def test_numbers_and_several_labels_are_erased_by_leace() -> None:

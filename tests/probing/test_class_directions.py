@@ -11,12 +11,13 @@ from scipy.stats import norm
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
+from sklearn.naive_bayes import GaussianNB
 from sklearn.neighbors import NearestCentroid
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from reftlab.errors import DataError
+from reftlab.errors import DataError, GraphError
 from reftlab.probing.directions import MeanDifference, class_directions
 
 WIDTH = 6
@@ -149,11 +150,22 @@ def test_tensors_of_half_precision_and_names_of_classes_are_taken() -> None:
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+def test_one_s_own_classifier_gives_its_weights_in_the_units_of_the_vectors() -> None:
+    vectors, labels = two_classes(np.diag([1.0, 4.0, 0.1, 1.0, 1.0, 1.0]), np.ones(WIDTH), 400)
+    own = make_pipeline(StandardScaler(), LogisticRegression(C=0.01))
+    found = class_directions(vectors, labels, own)
+    fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.01)).fit(vectors, labels)
+    np.testing.assert_allclose(found[0], unit(fitted[1].coef_[0] / fitted[0].scale_), atol=1e-9)
+    assert not hasattr(own[1], "coef_")
+    with pytest.raises(GraphError, match="is not linear: GaussianNB has no coef_"):
+        class_directions(vectors, labels, GaussianNB())
+
+
 @pytest.mark.usefixtures("users_call")
 def test_what_has_no_direction_is_refused_with_the_reason() -> None:
     vectors, labels = two_classes(np.eye(WIDTH), np.ones(WIDTH), 60)
     method: Any = "svm"
-    with pytest.raises(DataError, match="method='svm': expected 'mean_difference', 'lda', 'logistic'"):
+    with pytest.raises(DataError, match="estimator='svm': expected 'mean_difference', 'lda', 'logistic'"):
         class_directions(vectors, labels, method)
     with pytest.raises(DataError, match="do not differ from the others linearly"):
         class_directions(np.ones((60, 2)), labels)

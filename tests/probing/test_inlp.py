@@ -76,16 +76,16 @@ def test_random_labels_of_groups_of_near_copies_stop_it_too() -> None:
         generator = np.random.default_rng(seed)
         vectors = np.repeat(generator.standard_normal((40, WIDTH)), 5, axis=0)
         labels, groups = np.repeat(generator.permutation(np.arange(40) % 2), 5), np.repeat(np.arange(40), 5)
-        alarms += inlp(vectors, labels, 1, groups=groups, progress=False).rounds
+        alarms += inlp(vectors, labels, groups=groups, rounds=1, progress=False).rounds
     assert alarms <= 2
-    assert inlp(vectors, labels, 1, progress=False).accuracies[0] > 0.6
+    assert inlp(vectors, labels, rounds=1, progress=False).accuracies[0] > 0.6
 
 
 def test_the_first_accuracy_and_direction_are_those_of_plain_scikit_learn() -> None:
     vectors, labels, _ = planted(2)
     groups = np.arange(1000) // 2
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.5))
-    found = inlp(vectors, labels, 1, probe, groups, seed=7, progress=False)
+    found = inlp(vectors, labels, probe, groups, rounds=1, seed=7, progress=False)
     splits = StratifiedGroupKFold(5, shuffle=True, random_state=7)
     predicted = cross_val_predict(probe, vectors, labels, groups=groups, cv=splits)
     assert found.accuracies[0] == pytest.approx(balanced_accuracy_score(labels, predicted))
@@ -97,7 +97,7 @@ def test_the_first_accuracy_and_direction_are_those_of_plain_scikit_learn() -> N
 def test_its_rounds_are_those_of_the_paper() -> None:
     """P is the projection on the intersection of the nullspaces of all classifiers, from their row spaces' sum."""
     vectors, labels, _ = planted(3)
-    found = inlp(vectors, labels, 2, LogisticRegression(), progress=False)
+    found = inlp(vectors, labels, LogisticRegression(), rounds=2, progress=False)
     rows: list[Any] = []
     projection = np.eye(WIDTH)
     for _ in range(2):
@@ -131,7 +131,7 @@ def test_the_held_out_accuracy_knows_nothing_of_what_it_is_asked_about() -> None
     """With more features than vectors each fit is perfect on its own data, and says nothing of others."""
     generator = np.random.default_rng(1)
     vectors, labels = generator.standard_normal((60, 100)), np.arange(60) % 2
-    assert inlp(vectors, labels, 1, progress=False).rounds == 0
+    assert inlp(vectors, labels, rounds=1, progress=False).rounds == 0
     assert LogisticRegression().fit(vectors, labels).score(vectors, labels) == 1.0
 
 
@@ -193,8 +193,16 @@ def test_the_result_has_a_frame_a_figure_and_its_words() -> None:
         ({"rounds": 0}, DataError, "rounds=0: expected a whole number of 1 or more"),
         ({"folds": 1}, DataError, "folds=1: expected a whole number of 2 or more"),
         ({"level": 0.7}, DataError, "level=0.7: expected a share between 0 and 0.5"),
-        ({"y": np.arange(40) == 3}, DataError, "class True is in 1 group; 5 folds need it in at least 5"),
-        ({"groups": np.arange(40) // 10}, DataError, "in 4 groups; 5 folds .* or folds=4"),
+        (
+            {"y": np.arange(40) == 3},
+            DataError,
+            "class True is in 1 group and folds=5: each fold needs one of its own to test on",
+        ),
+        (
+            {"groups": np.arange(40) // 10},
+            DataError,
+            "folds=5: there are 4 groups, and a group is never split; give folds=4",
+        ),
         ({"y": np.eye(2)[np.arange(40) % 2]}, DataError, r"y has the shape \(40, 2\)"),
         ({"estimator": SGDClassifier(alpha=-1.0)}, DataError, "cannot be fitted: .*alpha"),
         (

@@ -216,3 +216,14 @@ def test_every_width_that_a_condition_asks_of_one_read_is_checked(llama: Any, wr
     edit = rl.Edit("e", at="blocks[1].output", intervention=rl.Zero(), when=when)
     with pytest.raises(rl.BindError, match="its condition has 8 numbers for vectors of"):
         rl.InterventionGraph(edit).bind(llama)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("phase", ["both", "decode"])
+def test_a_condition_on_tokens_of_the_prompt_says_why_it_does_not_reach_generated_ones(
+    llama: Any, phase: str
+) -> None:
+    reft = bound(llama, rl.norm("blocks[0].output @ all") > 3.0, "all", phase=phase)
+    message = r"'all', which are tokens of the prompt alone; leave the read's positions out"
+    with pytest.raises(rl.RunError, match=message):
+        reft.generate(**batch_of((5,), "left"), max_new_tokens=3, do_sample=False)

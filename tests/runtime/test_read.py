@@ -178,7 +178,20 @@ def test_heads_and_features_can_be_read(llama: Any) -> None:
 def test_two_reads_of_one_label_must_be_named(llama: Any) -> None:
     site = "blocks[1].attn.heads @ last"
     with pytest.raises(rl.RunError, match="give them names"):
-        EMPTY.bind(llama).read(rl.Read(site, heads=0), rl.Read(site, heads=1), **batch_of(LENGTHS))
+        EMPTY.bind(llama).read(rl.Read(site, name="a"), rl.Read(site, name="a", heads=1), **batch_of(LENGTHS))
+
+
+def test_reads_of_different_heads_have_different_names_in_one_block_and_in_all(llama: Any) -> None:
+    reft, batch = EMPTY.bind(llama), batch_of(LENGTHS)
+    site = "blocks[1].attn.heads @ last"
+    (whole,) = reft.read(site, **batch).values()
+    found = reft.read(rl.Read(site, heads=0), rl.Read(site, heads=3), **batch)
+    assert list(found) == ["blocks[1].attn.heads (heads 0) @ last", "blocks[1].attn.heads (heads 3) @ last"]
+    assert torch.equal(found["blocks[1].attn.heads (heads 3) @ last"], whole[..., 36:])
+    every = [rl.Read("blocks[*].attn.heads @ last", heads=head) for head in (0, 3)]
+    found = reft.read(*every, **batch)
+    assert len(found) == 6
+    assert torch.equal(found["model.layers.1.self_attn.o_proj.input (heads 3) @ last"], whole[..., 36:])
 
 
 def test_reading_nothing_or_what_is_not_there_is_an_error(llama: Any) -> None:

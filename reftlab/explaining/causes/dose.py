@@ -34,6 +34,7 @@ SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 TOGETHER = "all edits"
 
 Shape = Literal["rising", "falling", "flat", "neither"]
+_SAID = {"rising": "rising", "falling": "falling", "flat": "flat", "neither": "rising and falling"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +82,29 @@ class DoseCurve:
         return "rising" if up else "falling" if down else "flat"
 
     @property
+    def course(self) -> tuple[tuple[float, float], ...]:
+        """Where the mean turns: the last scale of each rise or fall, and the change over it, in order.
+
+        Steps that rounding alone can make end no rise or fall; there is nothing where all are of that kind.
+        """
+        means, rounding = self._means()
+        turns: list[tuple[float, float]] = []
+        for scale, step in zip(self.scales[1:], np.diff(means).tolist(), strict=True):
+            if abs(step) <= rounding:
+                continue
+            if turns and turns[-1][1] * step > 0:
+                turns[-1] = scale, turns[-1][1] + step
+            else:
+                turns.append((scale, step))
+        return tuple(turns)
+
+    @property
+    def extremes(self) -> tuple[float, float]:
+        """The measured scales at which the mean is highest and lowest."""
+        means, _ = self._means()
+        return self.scales[int(means.argmax())], self.scales[int(means.argmin())]
+
+    @property
     def best(self) -> float:
         """The measured scale at which the mean is farthest in the direction in which scale 1 moves it.
 
@@ -121,9 +145,8 @@ class DoseCurve:
 
     def __repr__(self) -> str:
         first, *_, final = self.scales
-        return (
-            f"DoseCurve({self.label!r} at scales {first:g} to {final:g}: {self.shape}, best at {self.best:g})"
-        )
+        how = f"{_SAID[self.shape]}, best at {self.best:g}"
+        return f"DoseCurve({self.label!r} at scales {first:g} to {final:g}: {how})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +226,9 @@ class DoseResponse:
         return f"<p>{html.escape(repr(self))}</p>{''.join(tables)}{note}"
 
     def __repr__(self) -> str:
-        each = "; ".join(f"{curve.label} {curve.shape}, best at {curve.best:g}" for curve in self.curves)
+        each = "; ".join(
+            f"{curve.label} {_SAID[curve.shape]}, best at {curve.best:g}" for curve in self.curves
+        )
         return f"DoseResponse({self.name} in {self.unit}: {each})"
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from reftlab.runtime import BoundModel
     from reftlab.runtime.places import BoundEdit
 
-__all__ = ["Correct", "interchange_accuracy", "interchanges"]
+__all__ = ["Correct", "interchange_accuracy", "interchanged", "interchanges", "swaps_in"]
 
 Correct = Callable[..., Tensor]
 """Runs the bound model, with further arguments of its forward, and says which examples are right, `(n,)`."""
@@ -80,6 +80,25 @@ def interchange_accuracy(
     if match not in ("token", "answer"):
         raise DataError(f"match={match!r}: expected 'token' or 'answer'")
     subject = Subject.of("interchange_accuracy", reft, examples, chat=chat, system=system, sources=sources)
+    return interchanged(
+        subject, match, choices,
+        draws=draws, detailed=detailed, budget=budget, progress=progress, seed=seed,
+    )  # fmt: skip
+
+
+def interchanged(
+    subject: Subject,
+    match: Match = "token",
+    choices: Sequence[str] | None = None,
+    *,
+    draws: int = 5,
+    detailed: int = 32,
+    budget: float | None = None,
+    progress: bool = True,
+    seed: int = 0,
+) -> InterchangeAccuracy:
+    """`interchange_accuracy` of what is prepared already, without a metric; see there."""
+    reft = subject.reft
     lacking = [number for number, row in enumerate(subject.rows) if row.answer is None]
     if lacking:
         raise DataError(
@@ -139,7 +158,7 @@ def interchanges(
     for name, count, least in (("draws", draws, 1), ("detailed", detailed, 0), ("seed", seed, 0)):
         whole(name, count, least)
     clock = Budget(budget)
-    swaps = [bound for bound in reft.edits if _swaps(reft, bound)]
+    swaps = swaps_in(reft)
     if not swaps:
         raise DataError(
             "no edit in force takes its values from a source run, so nothing is interchanged; give an edit "
@@ -183,10 +202,14 @@ def interchanges(
     )
 
 
-def _swaps(reft: BoundModel, bound: BoundEdit) -> bool:
-    source = bound.source
-    on = bound.edit.run == BASE and bound.edit.name not in reft._disabled
-    return on and source is not None and source.run != BASE
+def swaps_in(reft: BoundModel) -> list[BoundEdit]:
+    """The edits in force that take their values from a source run."""
+
+    def swaps(bound: BoundEdit) -> bool:
+        on = bound.edit.run == BASE and bound.edit.name not in reft._disabled
+        return on and bound.source is not None and bound.source.run != BASE
+
+    return [bound for bound in reft.edits if swaps(bound)]
 
 
 def _directions(reft: BoundModel, bound: BoundEdit) -> list[int]:

@@ -90,6 +90,23 @@ class InterchangeAccuracy:
         """Accuracy minus that of random subspaces, on the same examples; the bootstrap's interval."""
         return mean_of(self.right.float() - self.random.float().mean(0), seed=self.seed)
 
+    @property
+    def sentence(self) -> str:
+        """The finding in plain words."""
+        rank = sum(self.ranks.values())
+        count = f"{rank:.3g} direction{'s' * (round(rank, 2) != 1)}"
+        said = (
+            f"Swapping {count} from the source run gives the counterfactual answer for "
+            f"{self.accuracy.value:.0%} of {len(self.right)} examples; whole vectors "
+            f"{self.whole_accuracy.value:.0%}, no swap {self.accuracy_without_swap.value:.0%}"
+        )
+        same = bool((self.random == self.right).all()) and bool((self.whole == self.right).all())
+        if same:
+            return f"{said}. Every random subspace as large, and whole vectors, give just the same answers."
+        random = f"random subspaces as large {self.random_accuracy.value:.0%} ({len(self.random)} draws)"
+        beyond = "It does more than these" if self.advantage.low > 0 else "It is not told from these"
+        return f"{said}, {random}. {beyond}."
+
     def _lines(self) -> list[tuple[str, Estimate]]:
         return [
             ("learned subspace", self.accuracy),

@@ -21,6 +21,7 @@ from reftlab.explaining.causes.mediated import ANSWER, Mediation
 from reftlab.explaining.subject import Subject
 from reftlab.graph import BASE
 from reftlab.measuring import Question, metrics_of
+from reftlab.plotting.wording import block_named
 from reftlab.runtime.cone import BlockStack, reasons_against
 from reftlab.runtime.modes import evaluating
 from reftlab.sweeping.metric import Measured, Metric
@@ -332,4 +333,5 @@ def _spread_out(count: int) -> list[int]:
 def _left_out(names: Sequence[str], count: int) -> str:
     if not names:
         return ""
-    return f"The time was over after {count - len(names)} of {count} sites; left out: {', '.join(names)}."
+    left = ", ".join(map(block_named, names))
+    return f"The time was over after {count - len(names)} of {count} sites; left out: {left}."

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from reftlab.plotting.wording import number
+
 if TYPE_CHECKING:
     from reftlab.explaining.composition.composition import Composition, PairEffect
 
@@ -16,8 +18,8 @@ def sentence_of(found: Composition) -> str:
     names = [one.name for one in found.alone]
     who = " and ".join(names) if len(names) == 2 else f"all {len(names)}"
     said = [
-        f"Together, {who} change the mean {found.behaviour} by {found.together.effect}{unit}; each alone, "
-        f"summed, by {found.together.expected.value:.3g}: {_apart(found.together.interaction)}."
+        f"Together, {who} change the mean {found.behaviour} by {number(found.together.effect)}{unit}; each "
+        f"alone, summed, by {number(found.together.expected.value)}: {_apart(found.together.interaction)}."
     ]
     if len(names) > 2:
         said += _most(found, unit)
@@ -26,8 +28,8 @@ def sentence_of(found: Composition) -> str:
         first = found.collisions[0]
         along = f", towards {' '.join(first.promoted[:3])}" if first.promoted else ""
         said.append(
-            f"{first.a} and {first.b} write along one direction{along}: {first.mean[0]:+.3g} and "
-            f"{first.mean[1]:+.3g}, which {_verb(first.kind)}."
+            f"{first.a} and {first.b} write along one direction{along}: {number(first.mean[0], '+.3g')} and "
+            f"{number(first.mean[1], '+.3g')}, which {_verb(first.kind)}."
         )
     return " ".join(said)
 
@@ -39,8 +41,8 @@ def _apart(interaction: object) -> str:
     if interaction.value == 0:
         return "the effects add up"
     if not interaction.excludes(0.0):
-        return f"the difference, {interaction}, cannot be told from 0"
-    return f"they interact, by {interaction}"
+        return f"the difference, {number(interaction)}, cannot be told from 0"
+    return f"they interact, by {number(interaction)}"
 
 
 def _most(found: Composition, unit: str) -> list[str]:
@@ -50,7 +52,7 @@ def _most(found: Composition, unit: str) -> list[str]:
     most = max(told, key=lambda one: abs(one.interaction.value))
     return [
         f"{len(told)} of {len(found.pairs)} pairs interact, {most.a} and {most.b} most: by "
-        f"{most.interaction}{unit}."
+        f"{number(most.interaction)}{unit}."
     ]
 
 
@@ -62,7 +64,8 @@ def _order(found: Composition, unit: str) -> list[str]:
     if not told:
         return ["Where two share a site, their order makes no difference that can be told from 0."]
     most = max(told, key=lambda one: abs(one.order.value) if one.order is not None else 0.0)
-    return [f"The order of {most.a} and {most.b} matters: the other one changes it by {most.order}{unit}."]
+    changed = f"{number(most.order)}{unit}"
+    return [f"The order of {most.a} and {most.b} matters: the other one changes it by {changed}."]
 
 
 def _verb(kind: str) -> str:

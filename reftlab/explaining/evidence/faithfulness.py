@@ -35,6 +35,8 @@ ALL_EDITS = "all edits"
 
 CLAIMS: dict[What, str] = {
     "constant": "each edit adds its mean change, the same for every token",
+    "mean per position": "each edit adds the mean change of each of its tokens (the first it acts on, the "
+    "second, …), the same for every input; where it acts on several, as many in every example",
     "steering": "each edit adds one steering vector: the direction of its mean change, at the typical "
     "(root mean square) length of its changes",
     "norm-matched steering": "each edit adds a steering vector in proportion to the length of the vector "
@@ -228,7 +230,7 @@ def faithfulness(
         reft: a bound model with its tokenizer; it is left as it was.
         examples, metric, chat, system, sources: what is measured, as for `behaviour_of`.
         top: the largest number of directions to try; all unless given. Above 4 not every number is.
-        draws: how many random explanations each is held against; at most 3 for single edits.
+        draws: how many random explanations each is held against; at most 5 for single edits.
         folds: on how many parts of the examples to fit in turn; 1 fits and measures on the same. With
             fewer than 4 examples there is one.
         enough: the share that the headline asks for, 0 to 1.
@@ -269,6 +271,7 @@ def faithful(
     folds: int = 2,
     enough: float = 0.9,
     max_edits: int = 4,
+    runs: int | None = None,
     budget: float | None = None,
     progress: bool = True,
     seed: int = 0,
@@ -279,6 +282,9 @@ def faithful(
         reft: the bound model.
         behaviour: what is measured of it.
         recorded: what passed its edits, whose `rows` are the numbers of the caller's examples.
+        runs: about how many runs of the behaviour to make of all edits at once, and half as many of single
+            ones: fewer explanations are tried where they are few, and more than `draws` random ones
+            where they are many. None tries all explanations against `draws` random ones.
         top, draws, folds, enough, max_edits, budget, progress, seed: as for `faithfulness`.
     """
     from reftlab.explaining.evidence.substituting import Settings, substituted
@@ -290,7 +296,9 @@ def faithful(
             f"{soft[0]!r} acts under a soft gate, which weighs each change anew; what would act in its place "
             "would be weighed twice"
         )
-    settings = Settings(top, draws, folds, enough, max_edits, clock, progress, seed)
+    if runs is not None:
+        whole("runs", runs, 1)
+    settings = Settings(top, draws, folds, enough, max_edits, clock, progress, seed, runs)
     with evaluating(reft), torch.no_grad():
         return substituted(reft, behaviour, recorded, settings)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from reftlab.explaining.altering import Change, Written, only_along
@@ -32,9 +32,17 @@ __all__ = [
     "pools",
 ]
 
-What = Literal["constant", "steering", "norm-matched steering", "directions", "reading", "linearised"]
+What = Literal[
+    "constant",
+    "mean per position",
+    "steering",
+    "norm-matched steering",
+    "directions",
+    "reading",
+    "linearised",
+]
 
-ControlKind = Literal["constant", "length", "directions", "reading"]
+ControlKind = Literal["constant", "per position", "length", "directions", "reading"]
 
 
 class Claim(NamedTuple):
@@ -58,6 +66,7 @@ class Control(NamedTuple):
 
     Attributes:
         kind: `constant`: a random direction of the whole space at the length of the mean change;
+            `per position`: one for each of the edit's tokens, at the length of the mean change there;
             `length`: a random direction at the length of each change; `directions`: the change's part
             along k random directions of the span of the write directions; `reading`: the mean change,
             and the variation about it along k such directions.
@@ -78,6 +87,8 @@ class Pool:
         vectors: what it was given and adds.
         subspace: the directions of its basis that it is confined to, or None.
         by_example: whether each vector's example is known; not in source runs.
+        slots: `(vector,)`, which of the edit's tokens in its example each is, from 0; None where it does not
+            act on as many in every example.
     """
 
     module: str
@@ -85,6 +96,7 @@ class Pool:
     vectors: EditVectors
     subspace: tuple[int, ...] | None
     by_example: bool
+    slots: Int[Tensor, " vector"] | None
 
 
 def pools(reft: BoundModel, recorded: Recorded) -> dict[str, Pool]:
@@ -109,13 +121,34 @@ def pools(reft: BoundModel, recorded: Recorded) -> dict[str, Pool]:
             torch.cat([part.positions for part, _ in parts]),
         )
         subspaces = {bound.edit.subspace for bound in places}
+        by_example = all(bound.edit.run == "base" for bound in places)
         found[module] = Pool(
             module,
             reft.interventions[module],
             joined,
             subspaces.pop() if len(subspaces) == 1 else None,
-            all(bound.edit.run == "base" for bound in places),
+            by_example,
+            _slots([part for part, _ in parts]) if by_example else None,
         )
+    return found
+
+
+def _slots(places: Sequence[EditVectors]) -> Int[Tensor, " vector"] | None:
+    """Which of its tokens in an example each vector is, where all places have as many in every example."""
+    counts = torch.cat([place.rows.unique(return_counts=True)[1] for place in places])
+    if bool((counts != counts[0]).any()):
+        return None
+    return torch.cat([_numbered(place.rows, place.positions) for place in places])
+
+
+def _numbered(rows: Int[Tensor, " n"], positions: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """The place of each token among the tokens of its row, from 0."""
+    span = int(positions.max()) + 1 if len(positions) else 1
+    order = (rows * span + positions).argsort(stable=True)
+    _, counts = rows[order].unique_consecutive(return_counts=True)
+    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    found = torch.empty_like(order)
+    found[order] = torch.arange(len(order), device=order.device) - starts
     return found
 
 
@@ -130,6 +163,8 @@ class Fit:
         length: root of the mean squared length of the change.
         relative: α of the norm-matched steering vector `α ‖h‖ m / ‖m‖`, by least squares.
         write, read: the linear part M is `write @ read`, `(width, rank)` and `(rank, width)`.
+        means: mean change at each of the edit's tokens, `(slot, width)`; None where their number differs
+            between examples.
     """
 
     directions: Directions
@@ -139,6 +174,7 @@ class Fit:
     relative: float
     write: Float[Tensor, "width rank"]
     read: Float[Tensor, "rank width"]
+    means: Float[Tensor, "slot width"] | None = None
 
     @property
     def width(self) -> int:
@@ -169,6 +205,8 @@ class Fit:
             return min(claim.k, len(self.reading)) * one + self.width
         if claim.what == "linearised":
             return self.write.shape[1] * one + self.width
+        if claim.what == "mean per position" and self.means is not None:
+            return self.means.numel()
         return self.width
 
 
@@ -179,8 +217,9 @@ def fit(pool: Pool, rows: Bool[Tensor, " vector"] | None = None) -> Fit:
         pool: its vectors.
         rows: which of them; all unless given.
     """
-    vectors = pool.vectors
+    vectors, slots = pool.vectors, pool.slots
     if rows is not None:
+        slots = None if slots is None else slots[rows]
         vectors = EditVectors(
             vectors.edit, vectors.base[rows], vectors.delta[rows], vectors.source, vectors.rows[rows],
             vectors.positions[rows],
@@ -198,13 +237,19 @@ def fit(pool: Pool, rows: Bool[Tensor, " vector"] | None = None) -> Fit:
         write = directions.write.T * directions.gain
         read = directions.read
     length = float(delta.square().sum(1).mean().sqrt())
-    return Fit(directions, mean, base.mean(0), length, relative, write, read)
+    means = None
+    if slots is not None:
+        means = torch.stack([delta[slots == slot].mean(0) for slot in range(int(slots.max()) + 1)])
+    return Fit(directions, mean, base.mean(0), length, relative, write, read, means)
 
 
 def claimed(claim: Claim, fitted: Fit) -> Change:
     """What to add in the place of an edit, by what an explanation says of it."""
     if claim.what == "constant":
         return _always(fitted.mean)
+    if claim.what == "mean per position":
+        assert fitted.means is not None
+        return _by_slot(fitted.means)
     if claim.what == "steering":
         return _always(fitted.length * _unit(fitted.mean))
     if claim.what == "norm-matched steering":
@@ -224,6 +269,10 @@ def control_of(control: Control, fitted: Fit, generator: torch.Generator) -> Cha
         if control.kind == "constant":
             return _always(float(fitted.mean.norm()) * way)
         return lambda written: written.delta.norm(dim=1, keepdim=True) * way.to(written.delta)
+    if control.kind == "per position":
+        assert fitted.means is not None
+        ways = torch.randn(fitted.means.shape, generator=generator)
+        return _by_slot(fitted.means.norm(dim=1, keepdim=True) * ways / ways.norm(dim=1, keepdim=True))
     reading = control.kind == "reading"
     span = fitted.directions.write[list(fitted.reading if reading else fitted.largest)]
     count = min(control.k, len(span))
@@ -235,6 +284,8 @@ def control_for(claim: Claim, fits: Sequence[Fit]) -> Control:
     """The control that a claim about several edits is held against."""
     if claim.what == "constant":
         return Control("constant")
+    if claim.what == "mean per position":
+        return Control("per position")
     if claim.what == "directions" and any(claim.k < len(one.largest) for one in fits):
         return Control("directions", claim.k)
     if claim.what == "reading" and any(claim.k < len(one.reading) for one in fits):
@@ -245,6 +296,18 @@ def control_for(claim: Claim, fits: Sequence[Fit]) -> Control:
 
 def _always(vector: Tensor) -> Change:
     return lambda written: vector.to(written.delta).expand_as(written.delta)
+
+
+def _by_slot(means: Tensor) -> Change:
+    """The change of each of the edit's tokens, the same in every row."""
+
+    def change(written: Written) -> Tensor:
+        assert written.rows is not None
+        assert written.positions is not None
+        slots = _numbered(written.rows, written.positions).clamp(max=len(means) - 1)
+        return means.to(written.delta)[slots.to(written.delta.device)]
+
+    return change
 
 
 def _linear(fitted: Fit) -> Change:

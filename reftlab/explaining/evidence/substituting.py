@@ -19,6 +19,7 @@ from reftlab.explaining.evidence.substitutes import (
     Control,
     Fit,
     Pool,
+    What,
     claimed,
     control_for,
     control_of,
@@ -35,8 +36,13 @@ __all__ = ["Settings", "substituted"]
 
 _FOLDED, _HALVED = 4, 12
 """From how many examples on explanations are fitted apart, and headlines chosen apart."""
-_SINGLE_DRAWS = 3
+_SINGLE_DRAWS, _MOST_DRAWS = 5, 20
 _OWN_SEED = 0x5EED
+_PLAINEST: tuple[What, ...] = (
+    "constant", "directions", "mean per position", "linearised", "steering", "norm-matched steering",
+    "reading",
+)  # fmt: skip
+_ALWAYS = (Claim("constant"), Claim("directions", 1))
 
 Fits = dict[str, Fit]
 
@@ -52,6 +58,7 @@ class Settings(NamedTuple):
     budget: Budget
     progress: bool
     seed: int
+    runs: int | None = None
 
 
 @dataclass(eq=False)
@@ -158,7 +165,7 @@ def substituted(
         together = _Subject(
             ALL_EDITS, behaviour.bare, behaviour.full, behaviour.weights, fold_of, fits, whole
         )
-        _measure(together, runs, settings, settings.draws)
+        _measure(together, runs, settings, settings.draws, settings.runs, notes)
         kept = together.kept(settings.seed)
         if len(found) > 1:
             kept += _one_by_one(together, runs, settings, notes)
@@ -173,10 +180,21 @@ def substituted(
     return Faithfulness(behaviour.name, behaviour.unit, count, effect, tuple(kept), headline, len(fits), note)
 
 
-def _measure(subject: _Subject, runs: _Runs, settings: Settings, draws: int) -> None:
+def _measure(
+    subject: _Subject, runs: _Runs, settings: Settings, draws: int, limit: int | None, notes: list[str]
+) -> None:
     """All claims first, then draw by draw every control, so that a budget leaves the fewest gaps."""
-    claims = _claims(list(subject.whole.values()), settings.top)
-    controls = list(dict.fromkeys(control_for(claim, list(subject.whole.values())) for claim in claims))
+    whole = list(subject.whole.values())
+    claims = _claims(whole, settings.top)
+    if limit is not None:
+        every = len(claims)
+        claims, draws = _afforded(claims, whole, len(subject.fits), draws, limit)
+        if len(claims) < every:
+            notes.append(
+                f"{every - len(claims)} of {every} explanations of {subject.name} were not tried, to have "
+                "enough random ones beside the others"
+            )
+    controls = list(dict.fromkeys(control_for(claim, whole) for claim in claims))
     further = len(claims) * len(subject.fits) + len(controls) * draws
     runs.bar.total = (runs.bar.total or 0) + further
     for claim in claims:
@@ -186,6 +204,24 @@ def _measure(subject: _Subject, runs: _Runs, settings: Settings, draws: int) -> 
     for _ in range(draws):
         for control in controls:
             subject.draw(control, generator, runs)
+
+
+def _afforded(
+    claims: Sequence[Claim], fits: Sequence[Fit], folds: int, draws: int, limit: int
+) -> tuple[list[Claim], int]:
+    """The claims that so many runs are enough for, the plainest first, and the draws of each control.
+
+    Every control has `draws` at least, and more where runs are left over.
+    """
+    kept: list[Claim] = []
+    controls: set[Control] = set()
+    for claim in sorted(claims, key=lambda claim: (max(1, claim.k), _PLAINEST.index(claim.what))):
+        with_it = controls | {control_for(claim, fits)}
+        if claim in _ALWAYS or (len(kept) + 1) * folds + len(with_it) * draws <= limit:
+            kept.append(claim)
+            controls = with_it
+    spare = (limit - len(kept) * folds) // max(1, len(controls))
+    return [claim for claim in claims if claim in kept], max(draws, min(_MOST_DRAWS, spare))
 
 
 def _one_by_one(together: _Subject, runs: _Runs, settings: Settings, notes: list[str]) -> list[Kept]:
@@ -213,13 +249,16 @@ def _one_by_one(together: _Subject, runs: _Runs, settings: Settings, notes: list
             module, without, together.full, together.weights, together.fold_of,
             [{module: fits[module]} for fits in together.fits], {module: together.whole[module]},
         )  # fmt: skip
-        _measure(alone, runs, settings, min(settings.draws, _SINGLE_DRAWS))
+        limit = None if settings.runs is None else settings.runs // (2 * len(modules))
+        _measure(alone, runs, settings, min(settings.draws, _SINGLE_DRAWS), limit, notes)
         kept += alone.kept(settings.seed)
     return kept
 
 
 def _claims(fits: Sequence[Fit], top: int | None) -> list[Claim]:
     claims = [Claim("constant")]
+    slots = [0 if one.means is None else len(one.means) for one in fits]
+    claims += [Claim("mean per position")] if min(slots) > 0 and max(slots) > 1 else []
     claims += [Claim("directions", k) for k in _sizes(max(len(one.largest) for one in fits), top)]
     claims += [Claim("linearised"), Claim("steering"), Claim("norm-matched steering")]
     return claims + [Claim("reading", k) for k in _sizes(max(len(one.reading) for one in fits), top)]

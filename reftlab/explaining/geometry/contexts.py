@@ -119,11 +119,14 @@ class Contexts:
     Whatever direction is looked at has a largest token. Whether this one is special is told by random
     directions on the same vectors: their share of the variance, excess kurtosis and largest z-score.
 
+    A token that stands in several examples with the same tokens before it, such as the first ones of a chat
+    template, has the same vector in all of them, and counts once.
+
     Attributes:
         edit: key of the edit.
         site: its site.
         directions: what drives each read direction; the constant one reads nothing.
-        tokens, examples: how many there were.
+        tokens, examples: how many there were, repeats among them.
         draws: how many random directions.
         note: what was left out, or an empty text.
         missing: why there is nothing, or None.
@@ -208,6 +211,12 @@ class Contexts:
                 for drive in self.directions
             ],
         )
+
+    def inline_html(self) -> str:
+        """The texts with every token marked, which a report shows below the figure."""
+        from reftlab.explaining.geometry.contexts_html import texts_html
+
+        return texts_html(self)
 
     def _repr_html_(self) -> str:
         from reftlab.explaining.geometry.contexts_html import contexts_html

@@ -6,11 +6,12 @@ import html
 from typing import TYPE_CHECKING
 
 from reftlab.explaining.geometry.contexts import MEASURES
+from reftlab.plotting.wording import true_minus
 
 if TYPE_CHECKING:
     from reftlab.explaining.geometry.contexts import Context, Contexts, Drive
 
-__all__ = ["contexts_html"]
+__all__ = ["contexts_html", "texts_html"]
 
 _AROUND = 24
 _FULL = 4.0
@@ -42,11 +43,32 @@ def contexts_html(contexts: Contexts) -> str:
     if contexts.note:
         parts.append(f"<p>{html.escape(contexts.note)}</p>")
     for drive in contexts.directions:
-        parts += [f"<h4>Read direction {html.escape(drive.label)}</h4>", _controls(drive)]
-        for words, some in (("the most", drive.most), ("the least", drive.least)):
-            parts.append(f"<p>Driven {words} by</p>")
-            parts += [_text(drive, one) for one in some]
+        parts += [f"<h4>Read direction {html.escape(drive.label)}</h4>", _controls(drive), _texts(drive)]
     return f"<div>{''.join(parts)}</div>"
+
+
+def texts_html(contexts: Contexts, open_: int = 1) -> str:
+    """The marked texts alone, each direction's folded but those of the first.
+
+    Args:
+        contexts: what was found.
+        open_: how many directions are unfolded.
+    """
+    if contexts.missing is not None:
+        return ""
+    parts = [
+        f"<details{' open' * (place < open_)}><summary>texts that drive read direction "
+        f"{html.escape(drive.label)}</summary>{_texts(drive)}</details>"
+        for place, drive in enumerate(contexts.directions)
+    ]
+    return f"<div>{_STYLE}<p>{_KEY}</p>{''.join(parts)}</div>"
+
+
+def _texts(drive: Drive) -> str:
+    parts = []
+    for words, some in (("the most", drive.most), ("the least", drive.least)):
+        parts += [f"<p>Driven {words} by</p>", *(_text(drive, one) for one in some)]
+    return "".join(parts)
 
 
 def _controls(drive: Drive) -> str:
@@ -78,7 +100,8 @@ def _token(drive: Drive, one: Context, number: int) -> str:
     classes += ["peak"] if number == one.place else []
     colour = f"rgba({red},{green},{blue},{0.65 * strength:.2f})"
     line = f"rgba({red},{green},{blue},{strength:.2f})"
-    title = f"v · h = {value:+.3g}, {z:+.1f} standard deviations" + (", edited" if one.edited[number] else "")
+    title = true_minus(f"v · h = {value:+.3g}, {z:+.1f} standard deviations")
+    title += ", edited" if one.edited[number] else ""
     return (
         f'<span class="{" ".join(classes)}" style="background-color:{colour};border-bottom-color:{line}" '
         f'title="{html.escape(title)}">{html.escape(_shown(one.tokens[number], number == one.place))}</span>'

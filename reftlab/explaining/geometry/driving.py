@@ -137,7 +137,7 @@ class _Texts:
 
     def __init__(self, tokens: SiteTokens, names: Mapping[int, str]) -> None:
         self.tokens, self.names = tokens, names
-        self.counted = ~tokens.massive
+        self.counted = tokens.counted
         self.places = {int(row): (tokens.rows == row).nonzero()[:, 0] for row in tokens.rows.unique()}
 
     def ends(self, values: Float[Tensor, " token"], top: int, largest: bool) -> tuple[Context, ...]:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["DataLens"]
 
+_WEAK = 0.5
+"""Below this held-out R² a lens misses more than it tells."""
+
 
 @dataclass(frozen=True, eq=False)
 class DataLens:
@@ -55,7 +58,8 @@ class DataLens:
             random.
         logit_agreement: the same for the logit lens; None as above.
         commonest: what share would agree by always naming the token that is most often most likely.
-        tokens, examples: how many it was fitted on.
+        tokens, examples: how many it was fitted on; a token that repeats an earlier example from its first
+            token on counts once.
         note: what was left out, or an empty text.
         missing: why there is none, or None; then the matrix is empty.
     """
@@ -109,6 +113,11 @@ class DataLens:
             return ""
         if self.r2 <= 0:
             return f"on held-out examples the map is no better than their mean (R² {self.r2:.2g})"
+        if self.r2 < _WEAK:
+            return (
+                f"on held-out examples the map explains {self.r2:.0%} of the variance of what enters the "
+                "final norm, so it misses most of what later blocks make of a vector"
+            )
         if self.logit_agreement is not None and self.agreement.value < self.logit_agreement.value:
             return (
                 f"on held-out examples the map names the model's next token less often than the logit lens "

@@ -14,6 +14,7 @@ from reftlab.address import Site, head_name, resolve
 from reftlab.collecting import collect
 from reftlab.errors import DataError
 from reftlab.explaining.geometry.lens import DataLens
+from reftlab.explaining.geometry.repeats import counted_once, looks_back_only, repeats_of
 from reftlab.explaining.geometry.sites import left_out, massive_of
 from reftlab.explaining.geometry.tokens import Lens
 from reftlab.explaining.subject import Subject
@@ -49,7 +50,9 @@ def fit_lens(
 
     Args:
         model: a bound model, whose edits are left out, or any language model.
-        examples: texts or (prompt, answer) pairs, as `rl.train` takes them; all their tokens are used.
+        examples: texts or (prompt, answer) pairs, as `rl.train` takes them; all their tokens are used, but
+            for those that repeat an earlier example from its first token on, as a chat template's first ones
+            do: their vectors are the same, and would be known already where they are held out.
         site: such as `blocks[5].output`.
         tokenizer: a bound model's own unless given.
         chat, system: as for `rl.reply`.
@@ -113,7 +116,7 @@ def fit_lenses(
     lens.check(target[last], ends.vectors.float())
     if lens.missing is not None:
         return tuple(DataLens.unavailable(place.name, lens.missing) for place in places)
-    kept = _drawn(entering.examples, samples, seed)
+    kept, repeats, drawn = _chosen(entering.index, samples, seed, looks_back_only(reft.model))
     fitted = []
     for place in places:
         base = found.flat(place.key)
@@ -121,9 +124,10 @@ def fit_lenses(
             why = "it has no vector for each token of the text"
             fitted.append(DataLens.unavailable(place.name, why))
             continue
-        massive = kept & (massive_of(target) | massive_of(base.vectors))
+        massive = kept & (massive_of(target, kept) | massive_of(base.vectors, kept))
         usual = kept & ~massive
-        note = _note(entering.examples, kept, left_out(massive, base.positions))
+        parts = (drawn, left_out(massive, base.positions), counted_once(repeats))
+        note = "; ".join(part for part in parts if part)
         stream = (place.site.module, place.site.side) in lens.stream and place.read.view.whole
         x = base.vectors[usual].float()
         fitted.append(_fitted(lens, place.name, x, target[usual], base.examples[usual], stream, note))
@@ -284,7 +288,21 @@ def _drawn(examples: Int[Tensor, " token"], samples: int, seed: int) -> Tensor:
     return torch.isin(examples, found[order][fits])
 
 
-def _note(examples: Int[Tensor, " token"], kept: Tensor, massive: str) -> str:
-    drawn, all_of_them = len(examples[kept].unique()), len(examples.unique())
-    note = "" if bool(kept.all()) else f"fitted on {drawn} of {all_of_them} examples, drawn at random"
-    return "; ".join(part for part in (note, massive) if part)
+def _chosen(index: Int[Tensor, "token 3"], samples: int, seed: int, causal: bool) -> tuple[Tensor, int, str]:
+    """Which tokens are fitted on, how many repeats were left out, and what was drawn, in words.
+
+    Where there are too many, examples are drawn at random, and a token counts with the first one drawn.
+    """
+    examples, place = index[:, 0].unique(return_inverse=True)
+    repeats = repeats_of(place, index[:, 2], causal=causal)
+    if int((~repeats).sum()) <= samples:
+        return ~repeats, int(repeats.sum()), ""
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
+    turn = order.argsort()[place]
+    by_turn = turn.argsort(stable=True)
+    repeats[by_turn] = repeats_of(turn[by_turn], index[by_turn, 2], causal=causal)
+    fits = torch.bincount(turn[~repeats], minlength=len(examples)).cumsum(0) <= samples
+    fits[0] = True
+    kept = fits[turn]
+    note = f"fitted on {int(fits.sum())} of {len(examples)} examples, drawn at random"
+    return kept & ~repeats, int((kept & repeats).sum()), note

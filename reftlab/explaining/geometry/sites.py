@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reftlab.explaining.geometry.record import Recording
+from reftlab.explaining.geometry.repeats import counted_once, likeness_in, looks_back_only, repeats_of
 from reftlab.explaining.geometry.vectors import EditVectors
 from reftlab.graph import BASE, Edit, InterventionGraph, Phase
 from reftlab.interventions import Scale
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from reftlab.runtime import BoundModel
     from reftlab.runtime.places import BoundEdit
 
-__all__ = ["Seen", "SiteTokens", "left_out", "massive_of", "see_sites"]
+__all__ = ["Seen", "SiteTokens", "left_out", "massive_of", "see_sites", "unseen"]
 
 _MASSIVE = 10.0
 
@@ -38,6 +40,7 @@ class SiteTokens:
         positions: `(token,)`, the token's number in its example, from 0.
         ids: `(token,)`, its id.
         edited: `(token,)`, whether the edit acts on it.
+        repeats: `(token,)`, whether it is an earlier example's once more; see `repeats_of`.
     """
 
     edit: str
@@ -46,32 +49,41 @@ class SiteTokens:
     positions: Int[Tensor, " token"]
     ids: Int[Tensor, " token"]
     edited: Bool[Tensor, " token"]
+    repeats: Bool[Tensor, " token"]
+
+    @cached_property
+    def massive(self) -> Bool[Tensor, " token"]:
+        """See `massive_of`; repeats among them."""
+        return massive_of(self.vectors, ~self.repeats)
 
     @property
-    def massive(self) -> Bool[Tensor, " token"]:
-        """See `massive_of`."""
-        return massive_of(self.vectors)
+    def counted(self) -> Bool[Tensor, " token"]:
+        """Which tokens are neither massive nor repeats."""
+        return ~(self.massive | self.repeats)
 
     @property
     def usual(self) -> Float[Tensor, "token width"]:
-        """The vectors without the massive ones."""
-        return self.vectors[~self.massive]
+        """The vectors of the tokens that count."""
+        return self.vectors[self.counted]
 
     @property
     def note(self) -> str:
         """What `usual` leaves out, in words, or an empty text."""
-        return left_out(self.massive, self.positions)
+        massive = left_out(self.massive & ~self.repeats, self.positions)
+        return "; ".join(part for part in (massive, counted_once(int(self.repeats.sum()))) if part)
 
 
-def massive_of(vectors: Float[Tensor, "token width"]) -> Bool[Tensor, " token"]:
-    """Vectors that are over ten times as long as the median one.
+def massive_of(
+    vectors: Float[Tensor, "token width"], among: Bool[Tensor, " token"] | None = None
+) -> Bool[Tensor, " token"]:
+    """Vectors that are over ten times as long as the median one, of those in `among` where it is given.
 
     Many models give a few tokens, mostly the first of a text, vectors hundreds of times as long as all
     others, which serve as a place to attend to. They are alike in all texts, and would be nearly all of
     the variance. Sun et al., "Massive Activations in Large Language Models" (2024, arXiv:2402.17762).
     """
     lengths = vectors.float().norm(dim=1)
-    return lengths > _MASSIVE * lengths.median()
+    return lengths > _MASSIVE * (lengths if among is None else lengths[among]).median()
 
 
 def left_out(massive: Bool[Tensor, " token"], positions: Int[Tensor, " token"]) -> str:
@@ -79,6 +91,9 @@ def left_out(massive: Bool[Tensor, " token"], positions: Int[Tensor, " token"]) 
     count, first = int(massive.sum()), int((massive & (positions == 0)).sum())
     if not count:
         return ""
+    if count == 1:
+        which = ", the first of its text," if first else ""
+        return f"1 token{which} whose vector is over {_MASSIVE:g} times as long as the median was left out"
     return (
         f"{count} tokens whose vectors are over {_MASSIVE:g} times as long as the median were left out, "
         f"{first} of them the first of their text"
@@ -117,7 +132,7 @@ def see_sites(
         tick: called after each batch.
     """
     chosen = [bound for bound in reft.edits if keys is None or bound.key in keys]
-    missing = {bound.key: why for bound in chosen if (why := _unseen(bound))}
+    missing = {bound.key: why for bound in chosen if (why := unseen(bound))}
     watched = [bound for bound in chosen if bound.key not in missing]
     if not watched:
         return Seen({}, {}, missing)
@@ -147,11 +162,11 @@ def see_sites(
             )
         else:
             vectors[bound.key] = own
-            tokens[bound.key] = _site_tokens(bound.key, seen, own, ids)
+            tokens[bound.key] = _site_tokens(reft, bound.key, seen, own, ids)
     return Seen(tokens, vectors, missing)
 
 
-def _unseen(bound: BoundEdit) -> str:
+def unseen(bound: BoundEdit) -> str:
     """Why nothing can be seen at an edit's site, or an empty text."""
     if bound.edit.run != BASE:
         return f"the edit acts in the source run {bound.edit.run!r}, not on the examples' own tokens"
@@ -189,16 +204,21 @@ def _watcher(reft: BoundModel, watched: Sequence[BoundEdit]) -> tuple[dict[str, 
     return places, both
 
 
-def _site_tokens(key: str, seen: EditVectors, own: EditVectors, ids: Sequence[Tensor]) -> SiteTokens:
+def _site_tokens(
+    reft: BoundModel, key: str, seen: EditVectors, own: EditVectors, ids: Sequence[Tensor]
+) -> SiteTokens:
     order = sorted(range(len(seen.rows)), key=lambda n: (int(seen.rows[n]), int(seen.positions[n])))
-    rows, positions = seen.rows[order], seen.positions[order]
+    vectors, rows, positions = seen.base[order], seen.rows[order], seen.positions[order]
     acted = set(zip(own.rows.tolist(), own.positions.tolist(), strict=True))
     pairs = list(zip(rows.tolist(), positions.tolist(), strict=True))
+    numbers = torch.tensor([int(ids[row][number]) for row, number in pairs])
+    causal, likeness = looks_back_only(reft.model), likeness_in(reft.model)
     return SiteTokens(
         key,
-        seen.base[order],
+        vectors,
         rows,
         positions,
-        torch.tensor([int(ids[row][number]) for row, number in pairs]),
+        numbers,
         torch.tensor([pair in acted for pair in pairs]),
+        repeats_of(rows, numbers, vectors, causal=causal, likeness=likeness),
     )

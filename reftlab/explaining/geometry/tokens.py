@@ -71,6 +71,7 @@ class TokenEffects:
         lens: by which lens, `logit lens` or `data lens`.
         data: the same by a lens fitted to data, where one was given: with A u in place of u, what later
             blocks make of the direction counts too, as far as it is linear; see `DataLens`.
+        data_lens: that lens, with its held-out scores; where these are low, `data.caveat` says so.
     """
 
     edit: str
@@ -81,6 +82,7 @@ class TokenEffects:
     caveat: str = ""
     lens: str = "logit lens"
     data: TokenEffects | None = None
+    data_lens: DataLens | None = None
 
     def to_frame(self) -> pd.DataFrame:
         """One line a token: edit, direction, effect (`promoted` or not), place, id, token, change, lens."""
@@ -231,9 +233,9 @@ def token_effects(
             "its directions cannot be read as tokens"
         )
     if missing is not None or centre is None:
-        return TokenEffects(directions.edit, (), (), (), missing, data=other)
+        return TokenEffects(directions.edit, (), (), (), missing, data=other, data_lens=data_lens)
     found = _effects(lens, tokenizer, directions, centre, step, top, caveat, "logit lens")
-    return replace(found, data=other)
+    return replace(found, data=other, data_lens=data_lens)
 
 
 def _effects(

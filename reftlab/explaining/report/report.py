@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from reftlab.errors import DataError
 from reftlab.explaining.geometry.directions import BASES
-from reftlab.explaining.report.doubts import doubts_of
 from reftlab.explaining.report.summary import in_nats
 from reftlab.explaining.section import QUESTIONS, Section
 
@@ -95,19 +94,22 @@ def _content(explanation: Explanation, images: dict[str, str]) -> dict[str, Any]
             {
                 "name": name,
                 "question": question,
-                "sections": [_section(s) for s in explanation.sections if s.question == name],
+                "sections": [_section(s) for s in explanation.sections if s.question == name and s.applies],
             }
             for name, question in QUESTIONS.items()
         ],
-        "doubts": doubts_of(explanation),
+        "doubts": explanation.doubts,
     }
 
 
 def _section(section: Section) -> dict[str, Any]:
-    """A section as the template takes it; a result's own HTML is used where it is more than a table."""
+    """A section as the template takes it, with what its result has of HTML beside figure and table."""
     from markupsafe import Markup
 
-    made = {name: getattr(section, name) for name in ("name", "title", "says", "how", "missing", "note")}
+    made = {
+        name: getattr(section, name)
+        for name in ("name", "title", "says", "how", "missing", "applies", "note")
+    }
     inline = getattr(section.result, "inline_html", None)
     frame = None if section.result is None else _frame(section.to_frame())
     return {**made, "inline": "" if inline is None else Markup(inline()), "frame": frame}
@@ -135,6 +137,7 @@ def _edit(edit: EditExplanation, explanation: Explanation, place: int) -> dict[s
     frame = directions.to_frame()
     losses = {r.label: r.change for r in removal.of(edit.edit, "direction")}
     random = [r.change for r in removal.of(edit.edit, "random")]
+    carried = tokens.data if tokens.data is not None and tokens.data.missing is None else None
     rows = [
         {
             "label": label,
@@ -147,6 +150,8 @@ def _edit(edit: EditExplanation, explanation: Explanation, place: int) -> dict[s
             "least": _vector(edit, explanation, int(directions.amounts[:, k].argmin())),
             "promoted": tokens.promoted[k] if tokens.promoted else (),
             "suppressed": tokens.suppressed[k] if tokens.suppressed else (),
+            "carried": carried.promoted[k] if carried is not None else (),
+            "sunk": carried.suppressed[k] if carried is not None else (),
         }
         for k, label in enumerate(directions.labels)
     ]
@@ -156,6 +161,7 @@ def _edit(edit: EditExplanation, explanation: Explanation, place: int) -> dict[s
         "basis": BASES[directions.basis],
         "rows": rows,
         "random": random,
+        "carried": carried,
         "single": len(directions) == 1,
     }
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+from reftlab.plotting.wording import block_named, number
 
 if TYPE_CHECKING:
     from reftlab.explaining.explanation import Explanation
 
 __all__ = ["in_nats", "summary_of"]
 
+_MOSTLY = 0.5
+"""From this share on, the direct effect tells what an edit does."""
 _PHASES = {"prompt": "prompt", "decode": "generated", "both": "prompt and generated"}
 
 
@@ -33,11 +38,11 @@ def in_nats(value: float) -> str:
 
 
 def _sentences(explanation: Explanation) -> Iterator[str]:
-    edits, number = explanation.edits, len(explanation.examples)
+    edits, count = explanation.edits, len(explanation.examples)
     verb = "changes" if len(edits) == 1 else "change"
     yield (
         f"{_count(len(edits), 'edit')} {verb} {_where(explanation)} of {explanation.model}; "
-        f"what follows was measured on {_count(number, 'example')}."
+        f"what follows was measured on {_count(count, 'example')}."
     )
     yield from _losses(explanation)
     yield from _writes(explanation)
@@ -71,8 +76,8 @@ def _losses(explanation: Explanation) -> Iterator[str]:
     worst = removal.of(first.edit, "edit")[0]
     moves = "raises" if worst.change > 0 else "changes"
     yield (
-        f"The edit that the answers need most is {first.edit} at {first.site}: taking it away {moves} the "
-        f"loss from {in_nats(removal.loss)} to {in_nats(worst.loss)} nats."
+        f"The edit that the answers need most is {first.edit} at {block_named(first.site)}: taking it away "
+        f"{moves} the loss from {in_nats(removal.loss)} to {in_nats(worst.loss)} nats."
     )
     idle = sum(r.change < 0.01 * worst.change for r in removal.removed if r.what == "edit")
     if idle and worst.change > 0:
@@ -83,17 +88,35 @@ def _losses(explanation: Explanation) -> Iterator[str]:
 
 
 def _writes(explanation: Explanation) -> Iterator[str]:
+    """What the edit that pushes most promotes, unless the push was measured to be a small part of it."""
     readable = [edit for edit in explanation.edits if edit.towards()]
     if not readable:
         return
     # Far from the end the direct effect is weak and says little, so the strongest one speaks.
     push, best = max(((edit.push, edit) for edit in readable), key=lambda pair: pair[0])
+    direct = _direct_share(explanation, best.edit)
+    if direct is not None and direct[1] < _MOSTLY:
+        yield (
+            f"Directions read as tokens say little of what {direct[0]} does: {direct[1]:.0%} of its change "
+            "of the logits is direct, and later blocks make the rest."
+        )
+        return
     share = float(best.directions.share[best.main or 0])
     yield (
         f"The strongest direct push on the next token comes from {best.edit}: {share:.0%} of what it writes "
-        f"lies along one direction, which promotes the tokens {' '.join(best.towards(5))} (up to {push:+.1f} "
-        "logits)."
+        f"lies along one direction, which promotes the tokens {' '.join(best.towards(5))} (up to "
+        f"{number(push, '+.1f')} logits)."
     )
+
+
+def _direct_share(explanation: Explanation, key: str) -> tuple[str, float] | None:
+    """The edit's name, and which share of its change of the logits is direct, where that was measured."""
+    found = next((section.result for section in explanation.sections if section.name == "direct"), None)
+    for effect in found.effects if found is not None else ():
+        if key in (effect.edit, *(f"{effect.edit}[{rest}" for rest in key.split("[", 1)[1:])):
+            share = effect.logit_share.value
+            return None if math.isnan(share) else (effect.edit, share)
+    return None
 
 
 def _where(explanation: Explanation) -> str:

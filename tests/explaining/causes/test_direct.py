@@ -6,6 +6,8 @@ import torch
 import reftlab as rl
 from reftlab.errors import DataError
 from reftlab.explaining.causes.direct import direct_effect
+from reftlab.explaining.causes.split import DirectEffect, DirectEffects
+from reftlab.measuring import Estimate
 from tests.explaining.conftest import PAIRS, bound, loreft, orthonormal
 
 pytestmark = pytest.mark.usefixtures("users_call")
@@ -93,7 +95,26 @@ def test_an_edit_behind_the_last_block_is_all_direct(family, dtype, byte_tokeniz
     found = direct_effect(bound(model, byte_tokenizer, loreft(at=f"blocks[{last}].output")), PAIRS, **QUIET)
     assert found["shift"].logit_share.value == pytest.approx(1, abs=1e-6)
     assert found["shift"].direct.value == pytest.approx(found["shift"].total.value, abs=1e-6)
-    assert found.sentence.startswith("100% of what shift changes in the logits")
+    assert found.sentence == (
+        "100% of what shift changes in the logits after the prompt goes by the residual stream alone."
+    )
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [
+        (0.3, "30% of what e changes in the logits after the prompt goes by the residual stream alone; later "
+              "blocks make the rest of it."),
+        (1.2, "later blocks take the surplus back."),
+        (-0.001, "Next to nothing of what e changes"),
+        (-0.2, "the other way (−20% of its whole change, which later blocks make)."),
+    ],
+)  # fmt: skip
+def test_the_sentence_says_what_is_left_for_later_blocks(share, said):
+    one = Estimate(share, share, share)
+    empty = torch.zeros(0)
+    effect = DirectEffect("e", ("blocks[0].output",), 3, one, one, one, one, empty, empty, ())
+    assert said in DirectEffects("loss", "nats", "alone", (effect,)).sentence
 
 
 def test_edits_at_earlier_tokens_have_no_direct_effect_over_20_seeds(small_llama, byte_tokenizer):

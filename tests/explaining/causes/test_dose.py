@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reftlab.errors import DataError
-from reftlab.explaining.causes.dose import DoseCurve, dose_response, dosed
+from reftlab.explaining.causes.dose import DoseCurve, DoseResponse, dose_response, dosed
 from reftlab.measuring import behaviour_of
 from tests.explaining.causes.planted import METRIC, PROMPTS, logit_direction, with_amounts
 from tests.explaining.conftest import PAIRS, bound, loreft, orthonormal
@@ -103,10 +103,32 @@ def test_an_edit_that_does_nothing_is_flat_and_one_that_pushes_rises(small_llama
     assert [one.shape for one in found.curves] == ["rising", "flat", "rising"]
     assert [one.best for one in found.curves] == [2.0, 1.0, 2.0]
     assert "of all edits, the" in found.sentence
-    assert found.sentence.endswith("is rising; the effect is largest at scale 2.")
+    gained = float((found.curves[0].values[-1] - found.curves[0].values[0]).mean())
+    assert f" rises by {gained:.3g} logits; the effect is largest at scale 2." in found.sentence
     assert found["busy"].slope(0.0).low > 0
     assert found["idle"].slope(1.0).value == pytest.approx(0, abs=1e-5)
     assert found["busy"].effect.value > 0.1
+
+
+def sentence(scales, means):
+    return DoseResponse("answer loss", "nats", (curve(scales, means),)).sentence
+
+
+def test_the_sentence_says_up_to_which_dose_the_behaviour_goes_which_way():
+    scales = (0, 0.5, 1, 1.5, 2)
+    began = "From scale 0 to 2 of e, the answer loss"
+    assert sentence(scales, [4.0, 2.0, 1.0, 0.5, 3.0]) == (
+        f"{began} falls up to scale 1.5 (by 3.5 nats), then rises (by 2.5); the effect is largest at scale 1.5."
+    )
+    assert sentence(scales, [0.0, 2.0, 2.0, 1.0, 3.0]) == (
+        f"{began} rises up to scale 0.5 (by 2 nats), then falls up to scale 1.5 (by 1), then rises (by 2); the "
+        "effect is largest at scale 2."
+    )
+    assert sentence(scales, [5.0, 4.0, 3.0, 2.0, 2.0]).startswith(f"{began} falls by 3 nats; ")
+    assert sentence(scales, [1.0, 1.0, 1.0, 1.0, 1.0]) == f"{began} does not change."
+    many = sentence((-1, 0, 0.5, 1, 1.5, 2), [0.0, 1.0, 0.0, 3.0, 0.5, 1.0])
+    assert "From scale −1 to 2" in many
+    assert "turns 4 times, is highest at scale 1 and lowest at scale −1" in many
 
 
 def test_the_shape_and_the_best_dose_are_those_of_the_curve():

@@ -66,6 +66,8 @@ def test_the_planted_subspace_is_right_and_each_of_its_directions_is_needed():
     assert found.ranks["word"] == pytest.approx(SIZE, abs=1e-4)
     assert [one.direction for one in found.removed] == [0, 1, 2]
     assert all(one.change.high < 0 for one in found.removed)
+    assert found.sentence.startswith("Swapping 3 directions from the source run gives")
+    assert found.sentence.endswith("(5 draws). It does more than these.")
 
 
 def test_useless_directions_of_a_subspace_are_told_from_useful_ones():

@@ -200,9 +200,9 @@ def test_the_planted_head_is_found_and_no_other_in_any_seed(small_llama, byte_to
         recovered += result.sufficiency[block - 1, head, 0] == pytest.approx(1, abs=1e-3)
         if seed == 0:
             assert result.necessity[block - 1, head, 0] == pytest.approx(1, abs=1e-3)
-            place = f"{result.sites[block - 1].name}, head {head}, token 'last'"
-            assert f"{place} alone brings about 100% of the effect" in result.sentence
-            assert f"{place} costs most: 100% of the effect" in result.sentence
+            place = f"{result.sites[block - 1].name}, head {head}, position 'last'"
+            assert f"{place}, alone brings about 100% of the effect" in result.sentence
+            assert f"{place}, costs most: 100% of the effect" in result.sentence
         effects[block - 1, head] = 0
         alarms += int((effects > 1e-5).sum())
     assert (recovered, alarms) == (5, 0)
@@ -237,11 +237,26 @@ def test_intervals_hold_the_shares_of_all_examples(small_llama, byte_tokenizer):
     assert low[0, 0, 0] == pytest.approx(1, abs=1e-3)
 
 
+def test_the_sentence_names_blocks_and_the_answers_tokens_in_words(small_llama, byte_tokenizer):
+    reft = bound(small_llama, byte_tokenizer, add("blocks[1].output", vector=9 * VECTOR))
+    result = mediate(reft, [("the sea", "blue")], "blocks[1].output", ["last"], **QUIET)
+    assert "the edited vector at block 1, position 'last', alone brings" in result.sentence
+    every = mediate(reft, ["the sea"], "blocks[1].output", metric=METRIC, **QUIET)
+    assert "at block 1, token 'a', alone brings about 100% of the effect" in every.sentence
+    edit = rl.Edit(
+        "late", at="blocks[1].output", positions="all", phase="decode", intervention=rl.Add(9 * VECTOR)
+    )
+    result = mediate(
+        bound(small_llama, byte_tokenizer, edit), [("the sea", "blue")], "blocks[1].output", ["last"], **QUIET
+    )
+    assert "at block 1, at the answer's tokens, alone brings about 100% of the effect" in result.sentence
+
+
 def test_what_the_time_did_not_allow_is_named(small_llama, byte_tokenizer):
     reft = bound(small_llama, byte_tokenizer, loreft())
     result = mediate(reft, ["the sea"], metric=METRIC, budget=0, **QUIET)
     assert np.isnan(result.sufficient).all()
-    assert "model.layers.2.output" in result.note
+    assert all(f"block {block}" in result.note for block in range(3))
     assert "left out" in repr(result)
     assert result.sentence.startswith("No place was measured. The time was over")
 

@@ -200,6 +200,134 @@ def test_values_are_those_of_plain_hooks_that_add_what_the_explanation_says(fami
     assert lines["constant"].share.value == pytest.approx(float(share), rel=1e-3)
 
 
+class Opposed(rl.Intervention):
+    """Adds a vector to the first token of a text and takes it from every other."""
+
+    counts_positions = True
+
+    def __init__(self, vector: torch.Tensor) -> None:
+        super().__init__()
+        self.vector = vector
+
+    def forward(self, base: Any, source: Any = None, positions: Any = None) -> torch.Tensor:
+        return base + torch.where(positions == 0, 1.0, -1.0)[:, None] * self.vector
+
+
+@pytest.mark.parametrize("family", ["small_llama", "small_gpt2"])
+def test_an_edit_that_adds_another_constant_at_each_token_is_its_mean_per_position(
+    family, byte_tokenizer, request
+):
+    reft = bound(
+        request.getfixturevalue(family), byte_tokenizer,
+        rl.Edit("e", at="blocks[0].output", positions="first+last", intervention=Opposed(5 * orthonormal(1, 2)[0])),
+    )  # fmt: skip
+    found = faithfulness(reft, texts(12), draws=5)
+    lines = kept(found)
+    own = lines["mean per position"]
+    assert own.share.value == pytest.approx(1.0, abs=1e-3)
+    assert own.agreement == pytest.approx(1.0, abs=1e-3)
+    assert own.numbers == 2 * WIDTH
+    assert own.control == "per position"
+    assert max(own.controls) < 0.9
+    # The two cancel in the mean over both.
+    assert lines["constant"].share.value == pytest.approx(0.0, abs=1e-3)
+    assert found.headline.what == "mean per position"
+    assert "each token's own mean change" in found.sentence
+    assert "depends on which token it is, hardly on the input" in found.sentence
+    assert found.plot().axes
+
+
+def test_means_per_position_are_fitted_on_other_examples_and_put_where_plain_hooks_put_them(
+    small_llama, byte_tokenizer
+):
+    prompts = texts(6, seed=4)
+    edit = rl.Edit(
+        "e", at="blocks[0].output", positions="first+last", intervention=rl.LoReFT(rank=3), strength=0.5
+    )
+    reft = bound(small_llama, byte_tokenizer, edit)
+    randomise(reft)
+    lines = kept(faithfulness(reft, prompts, folds=len(prompts), draws=0))
+    built, block = reft.interventions["e"], small_llama.model.layers[0]
+
+    def run(prompt: str, change: Any) -> torch.Tensor:
+        def hook(_module, _args, output):
+            hidden = output.clone()
+            for slot, column in enumerate((0, -1)):
+                hidden[0, column] += change(slot, output[0, column])
+            return hidden
+
+        handle = block.register_forward_hook(hook)
+        with torch.no_grad():
+            logits = small_llama(**byte_tokenizer(prompt, return_tensors="pt")).logits[0, -1]
+        handle.remove()
+        return logits.log_softmax(-1)
+
+    deltas: list[list[torch.Tensor]] = []
+
+    def noted(slot: int, h: torch.Tensor) -> torch.Tensor:
+        deltas[-1].append(0.5 * (built(h[None])[0] - h))
+        return deltas[-1][-1]
+
+    full = []
+    for prompt in prompts:
+        deltas.append([])
+        full.append(run(prompt, noted))
+    for number, prompt in enumerate(prompts):
+        others = torch.stack([torch.stack(two) for n, two in enumerate(deltas) if n != number]).mean(0)
+        got = run(prompt, lambda slot, h, others=others: others[slot])
+        expected = (full[number].exp() * (full[number] - got)).sum()
+        assert float(lines["mean per position"].values[number]) == pytest.approx(float(expected), abs=2e-4)
+
+
+@pytest.mark.parametrize("positions", ["last", "all"])
+def test_means_per_position_need_several_tokens_and_as_many_in_every_example(
+    positions, small_llama, byte_tokenizer
+):
+    edit = rl.Edit("e", at="blocks[0].output", positions=positions, intervention=rl.LoReFT(rank=1))
+    reft = bound(small_llama, byte_tokenizer, edit)
+    randomise(reft)
+    assert "mean per position" not in kept(faithfulness(reft, texts(6), draws=0))
+    if positions == "all":
+        alike = [text[:3] for text in texts(6)]
+        assert kept(faithfulness(reft, alike, draws=0))["mean per position"].numbers == 3 * WIDTH
+
+
+def test_where_one_mean_does_as_well_nothing_is_said_of_positions(small_llama, byte_tokenizer):
+    push = rl.Add(5 * orthonormal(1, 2)[0])
+    edit = rl.Edit("e", at="blocks[0].output", positions="first+last", intervention=push)
+    found = faithfulness(bound(small_llama, byte_tokenizer, edit), texts(12), draws=0)
+    assert kept(found)["mean per position"].share.value == pytest.approx(1.0, abs=1e-3)
+    assert found.headline.what == "constant"
+    assert "depends on which token" not in found.sentence
+
+
+@pytest.mark.parametrize("runs", [8, 60, 400])
+def test_few_runs_leave_explanations_out_and_never_the_random_ones_beside_the_others(
+    runs, small_llama, byte_tokenizer
+):
+    reft = planted(small_llama, byte_tokenizer, [3.0, 2.0, 2.0, 2.0], 0.01)
+    behaviour = behaviour_of(reft, texts(9), METRIC, chat=False)
+    recorded = Subject.of("test", reft, texts(9), METRIC, chat=False).recorded
+    found = work.faithful(reft, behaviour, recorded, draws=5, runs=runs, progress=False)
+    lines = kept(found)
+    assert {"constant", "directions 1"} <= set(lines)
+    assert all(len(line.controls) >= 5 for line in lines.values())
+    # Explanations that are held against the same random ones share their runs.
+    drawn = {(line.control, line.controls) for line in lines.values()}
+    made = len(lines) * found.folds + sum(len(controls) for _, controls in drawn)
+    every = kept(faithfulness(reft, texts(9), METRIC, draws=0))
+    if runs == 8:
+        assert set(lines) == {"constant", "directions 1"}
+    if runs == 60:
+        assert 2 < len(lines) < len(every)
+        assert "linearised" in lines
+    if runs == 400:
+        assert list(lines) == list(every)
+        assert all(len(line.controls) == 20 for line in lines.values())
+    assert ("were not tried" in found.note) == (len(lines) < len(every))
+    assert made <= max(runs, 14)
+
+
 def test_answers_are_measured_and_each_edit_is_replaced_alone_too(small_gpt2, byte_tokenizer):
     useful = difference(small_gpt2, byte_tokenizer)
     strong = rl.Edit("strong", at="final_norm.output", positions="all", intervention=rl.Add(8 * useful))

@@ -194,7 +194,11 @@ def test_an_edit_that_reads_the_labels_direction_is_found_by_every_method(family
     assert list(frame["edit"].unique()) == ["reads_it", "like_it", "other"]
     assert "q ≤ 0.05" in repr(found)
     close = sum(line.q <= 0.05 and line.kind != "own" for line in found.lines)
-    assert f", {close} are smaller than random subspaces explain" in found.sentence
+    assert found.sentence.startswith(
+        f"Of {len(found.lines)} comparisons of subspaces, 3 are of an edit's own"
+    )
+    assert f"Of the other {len(found.lines) - 3}, " in found.sentence
+    assert f", {close} have a smaller angle than random subspaces explain" in found.sentence
     assert re.search(r"read subspace of (reads_it and like_it|like_it and reads_it), read", found.sentence)
     assert len(found.plot("other").axes) == 2
 

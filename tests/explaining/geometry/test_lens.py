@@ -44,6 +44,27 @@ def planted(family, request):
     return model, turn, site
 
 
+def by_hooks(model, tokenizer, some):
+    """What leaves block 0 and enters the final norm at every token, each text alone; the text of each, and
+    whether all ids up to it stood in an earlier text."""
+    x, y, rows, repeats, seen = [], [], [], [], set()
+    hooks = [
+        model.model.layers[0].register_forward_hook(lambda m, a, out: x.append(out[0])),
+        model.model.norm.register_forward_pre_hook(lambda m, a: y.append(a[0][0])),
+    ]
+    with torch.no_grad():
+        for row, text in enumerate(some):
+            ids = tokenizer(text)["input_ids"]
+            model(torch.tensor([ids]))
+            rows += [row] * len(ids)
+            starts = [tuple(ids[: end + 1]) for end in range(len(ids))]
+            repeats += [start in seen for start in starts]
+            seen |= set(starts)
+    for hook in hooks:
+        hook.remove()
+    return torch.cat(x), torch.cat(y), torch.tensor(rows), torch.tensor(repeats)
+
+
 @pytest.mark.parametrize("family", ["small_llama", "small_gpt2"])
 def test_a_block_that_is_linear_comes_back_and_names_the_token_that_the_logit_lens_misses(
     family, byte_tokenizer, request
@@ -87,23 +108,48 @@ def test_the_map_is_that_of_the_models_own_vectors_taken_by_plain_hooks(small_ll
     lens = fit_lens(
         small_llama, some, "blocks[0].output", tokenizer=byte_tokenizer, chat=False, progress=False
     )
-    x, y = [], []
-    hooks = [
-        small_llama.model.layers[0].register_forward_hook(lambda m, a, out: x.append(out[0])),
-        small_llama.model.norm.register_forward_pre_hook(lambda m, a: y.append(a[0][0])),
-    ]
-    with torch.no_grad():
-        for text in some:
-            small_llama(torch.tensor([byte_tokenizer(text)["input_ids"]]))
-    for hook in hooks:
-        hook.remove()
-    x, y = torch.cat(x).double().numpy(), torch.cat(y).double().numpy()
+    x, y, _, repeats = by_hooks(small_llama, byte_tokenizer, some)
+    x, y = (part[~repeats].double().numpy() for part in (x, y))
     assert lens.tokens == len(x)
     plain = Ridge(alpha=lens.alpha * _scale(x)).fit(x, y - x)
     np.testing.assert_allclose(lens.matrix.numpy(), plain.coef_ + np.eye(WIDTH), atol=1e-4)
     np.testing.assert_allclose(lens.constant.numpy(), plain.intercept_, atol=1e-4)
     same = lens.through(torch.as_tensor(x).float()).numpy()
     np.testing.assert_allclose(same, plain.predict(x) + x, atol=1e-3)
+
+
+def test_what_all_texts_begin_with_counts_once_and_makes_the_held_out_score_no_better(
+    small_llama, byte_tokenizer
+):
+    """Copies of the same vectors in every fold would be predicted without error."""
+    some = [texts(1, 40, seed=9)[0] + text for text in texts(24, 4)]
+    lens = fit_lens(
+        small_llama, some, "blocks[0].output", tokenizer=byte_tokenizer, chat=False, progress=False
+    )
+    x, y, rows, repeats = by_hooks(small_llama, byte_tokenizer, some)
+    assert lens.tokens == int((~repeats).sum())
+    assert f"{int(repeats.sum())} tokens that repeat an earlier example" in lens.note
+    inner = Lens(small_llama)
+    once = _fitted(inner, "x", x[~repeats], y[~repeats], rows[~repeats], True, "")
+    copied = _fitted(inner, "x", x, y, rows, True, "")
+    assert lens.r2 == pytest.approx(once.r2, abs=1e-3)
+    assert lens.agreement.value == pytest.approx(once.agreement.value, abs=1e-6)
+    assert copied.r2 > lens.r2 + 0.3
+    # A draw of examples takes the beginning from the first one drawn, whichever it is.
+    few = fit_lens(
+        small_llama, some, "blocks[0].output", tokenizer=byte_tokenizer, chat=False, progress=False,
+        samples=80,
+    )  # fmt: skip
+    assert 40 < few.tokens <= 80
+    assert "examples, drawn at random" in few.note
+
+
+def test_a_lens_that_misses_most_of_the_variance_says_so(small_llama, byte_tokenizer):
+    lens = fit_lens(
+        small_llama, texts(), "blocks[0].output", tokenizer=byte_tokenizer, chat=False, progress=False
+    )
+    assert 0 < lens.r2 < 0.5
+    assert f"explains {lens.r2:.0%} of the variance" in lens.caveat
 
 
 def test_nothing_is_found_between_vectors_that_have_nothing_to_do_with_each_other(small_llama):

@@ -53,7 +53,7 @@ class Settings:
     blocks: tuple[int, ...] = (4, 8, 12, 16, 20, 24)
     rank: int = 16
     block: int = 12
-    ranks: tuple[int, ...] = (1, 4, 16, 64)
+    ranks: tuple[int, ...] = (1, 4, 16, 64, 256)
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 120
     tested: int = 48

@@ -131,7 +131,7 @@ def agreement_figure(pairs: pd.DataFrame, runs: pd.DataFrame, swaps: pd.DataFram
         _points(grid[3], controls.assign(task=BETWEEN), "share", label=AT_RANDOM)
     for axes in grid[:3]:
         axes.set_ylim(min(-0.05, axes.get_ylim()[0]), 1.05)
-    frame(grid[3], x="rank", y="share of the effect kept", title="Confined to another seed's")
+    frame(grid[3], x="rank", y="share of the effect kept", title="In another seed's subspace")
     handles, labels = grid[3].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, frameon=False, loc="outside lower center", ncols=3)
     return figure

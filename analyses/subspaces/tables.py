@@ -10,6 +10,7 @@ import pandas as pd
 from runs import Run
 
 from reftlab.explaining.geometry.angles import SubspaceAngles
+from reftlab.plotting.wording import true_minus
 
 __all__ = ["Angles", "angle_frame", "text_of"]
 
@@ -36,7 +37,7 @@ def text_of(runs: pd.DataFrame, pairs: pd.DataFrame, angles: pd.DataFrame, swaps
     """All tables, with the sentences that say what they hold."""
     parts = (_trained(runs), _subspaces(runs, pairs, angles), _function(runs, pairs, swaps), _swaps(swaps),
              _ranks(pairs), _explained(runs))  # fmt: skip
-    return "\n\n".join("\n".join(part) for part in parts) + "\n"
+    return true_minus("\n\n".join("\n".join(part) for part in parts)) + "\n"
 
 
 def _trained(runs: pd.DataFrame) -> list[str]:

@@ -10,12 +10,12 @@ from facts import TEMPLATES, Facts, Pair, examples, pairs_of
 
 import reftlab as rl
 
-__all__ = ["GROUPS", "align", "measured"]
+__all__ = ["GROUPS", "HELD_OUT", "TRAINED", "align", "measured"]
 
-TRAINED = TEMPLATES[:2]
+TRAINED, HELD_OUT = TEMPLATES[:2], "held-out countries"
 GROUPS = {
     "trained countries": ("capital is", "train"),
-    "held-out countries": ("capital is", "test"),
+    HELD_OUT: ("capital is", "test"),
     "held-out countries, other words": ("question", "test"),
     "held-out countries, language": ("language", "test"),
 }

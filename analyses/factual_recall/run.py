@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from aligning import GROUPS, TRAINED, align, measured
+from aligning import HELD_OUT, TRAINED, align, measured
 from facts import Facts, Pair, pairs_of, read_facts
 from showing import LEARNED, alignment_figure, alignment_table, probe_figure
 from sklearn.linear_model import LogisticRegression
@@ -80,7 +80,7 @@ def known(model: Any, facts: dict[str, Facts]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def maps(model: Any, tokenizer: Any, facts: Facts, pairs: list[Pair], out: Path) -> pd.DataFrame:
+def maps(model: Any, tokenizer: Any, facts: Facts, pairs: list[Pair], out: Path) -> None:
     """Patching maps over blocks × tokens of the stream, attention and MLP outputs, averaged over pairs."""
     clean, corrupt = ([facts.texts[pair[side]] for pair in pairs] for side in (0, 1))
     metric = rl.logit_diff(
@@ -94,9 +94,9 @@ def maps(model: Any, tokenizer: Any, facts: Facts, pairs: list[Pair], out: Path)
         )  # fmt: skip
         found.plot().savefig(out / f"patching_{part.replace('.', '_')}.png")
         frames.append(found.to_frame().assign(part=part))
-    table = pd.concat(frames)
-    table.to_csv(out / "patching.csv", index=False, float_format="%.5g")
-    return table
+    cells = ["part", "block", "position", "column"]
+    means = pd.concat(frames).groupby(cells)[["effect", "normalised"]].mean().reset_index()
+    means.to_csv(out / "patching.csv", index=False, float_format="%.5g")
 
 
 def alignments(
@@ -206,8 +206,8 @@ def main() -> None:
     table.to_csv(out / "alignment.csv", index=False, float_format="%.5g")
     alignment_figure(table, settings.rank, settings.block).savefig(out / "alignment.png")
 
-    # Chosen by the countries of the training, so that what is told of the others is no choice.
-    learned = table[(table["swapped"] == LEARNED) & (table["tested_on"] == next(iter(GROUPS)))]
+    # All swaps of some size do the trained countries, so the one to look at is chosen by the others.
+    learned = table[(table["swapped"] == LEARNED) & (table["tested_on"] == HELD_OUT)]
     block, rank = map(int, learned.groupby(["block", "rank"])["accuracy"].mean().idxmax())
     bound = align(
         model, tokenizer, facts, block, rank, pairs_of(numbers["train"], first), steps=settings.steps, seed=0

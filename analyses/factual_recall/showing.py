@@ -35,6 +35,9 @@ def alignment_figure(table: pd.DataFrame, rank: int, block: int) -> Figure:
                 means = some.groupby(x)["accuracy"].mean()
                 axes.plot(means.index, means, own + line, color=colour, markersize=5,
                           label=group if axes is grid[0] and swapped == kind else None)  # fmt: skip
+    blocks = sorted(at_rank["block"].unique())
+    for axes in grid[:2]:
+        axes.set_xticks(blocks, [str(one) for one in blocks])
     ranks = sorted(at_block["rank"].unique())
     grid[2].set_xscale("log", base=2)
     grid[2].set_xticks(ranks, [str(one) for one in ranks])

@@ -109,26 +109,36 @@ def _mediation(subject: Subject, plan: Plan, empty: Section, seconds: float | No
 
 
 def _spread(subject: Subject, plan: Plan) -> list[str]:
-    """The edits' own sites, the last block, and as many others, evenly spread, as the plan has runs for."""
+    """The edits' own sites, the last block, and others between, as many as the plan has runs for."""
     from reftlab.address import parse_path, resolve
 
     reft = subject.reft
     blocks = [str(site) for site in resolve(parse_path("blocks[*].output"), reft.model)]
     longest, count = max(map(len, subject.question.prompts)), len(blocks)
-    step = max(1, math.ceil(2 * count * min(longest, 16) / (4 * plan.runs)))
-    chosen, others = set(range((count - 1) % step, count, step)), dict[str, str]()
+    most = max(3, 2 * plan.runs // min(longest, 16))
+    own, others = set[int](), dict[str, str]()
     for bound in (bound for bound in reft.edits if bound.edit.run == BASE):
         if str(bound.site) in blocks:
-            chosen.add(blocks.index(str(bound.site)))
+            own.add(blocks.index(str(bound.site)))
         elif _can_be_patched(reft, whole_place(bound.site)):
             others[whole_place(bound.site)] = str(bound.edit.at)
+    chosen = {count - 1, *_thinned(sorted(own), most - 1)}
+    rest = [block for block in range(count) if block not in chosen]
+    chosen |= set(_thinned(rest, most - len(chosen)))
     paths = ["blocks[*].output" if len(chosen) == count else f"blocks[{_listed(chosen)}].output"]
     for at in dict.fromkeys(others.values()):
         # One path for all of an edit's sites, where it names no others.
-        own = [place for place, path in others.items() if path == at]
+        wanted = [place for place, path in others.items() if path == at]
         named = [str(site) for site in resolve(parse_path(at), reft.model)]
-        paths += [at] if sorted(named) == sorted(own) else own
+        paths += [at] if sorted(named) == sorted(wanted) else wanted
     return paths
+
+
+def _thinned(numbers: Sequence[int], most: int) -> list[int]:
+    """At most so many of them, evenly spread, the first and the last among them."""
+    if most < 2 or len(numbers) <= most:
+        return list(numbers[: max(most, 0)])
+    return [numbers[round(place * (len(numbers) - 1) / (most - 1))] for place in range(most)]
 
 
 def _can_be_patched(reft: BoundModel, path: str) -> bool:

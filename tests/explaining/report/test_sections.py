@@ -5,13 +5,14 @@ import math
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import reftlab as rl
 from reftlab.errors import DataError
 from reftlab.explaining import explain
 from reftlab.explaining.answers import NAMES
 from reftlab.explaining.section import QUESTIONS
-from tests.explaining.conftest import PAIRS, bound, loreft
+from tests.explaining.conftest import PAIRS, bound, loreft, vocabulary
 
 QUIET = {"chat": False, "max_new_tokens": 0, "max_edits": 0, "progress": False, "runs": 8}
 
@@ -155,3 +156,22 @@ def test_the_summary_speaks_of_pushes_on_tokens_only_where_they_are_direct(
     assert found.section("direct").result["first"].logit_share.value == 0
     assert not any("strongest direct push" in line for line in found.summary)
     assert any("0% of its change of the logits is direct" in line for line in found.summary)
+
+
+@pytest.mark.parametrize(("at", "wanted"), [("blocks[2].output", {2, 7}), ("blocks[*].output", {0, 7})])
+def test_the_effect_is_followed_through_the_edits_own_sites_and_the_last_block(byte_tokenizer, at, wanted):
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=vocabulary(), hidden_size=32, intermediate_size=48, num_hidden_layers=8,
+        num_attention_heads=4, eos_token_id=0, pad_token_id=0, initializer_range=0.2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    push = model.lm_head.weight[byte_tokenizer.convert_tokens_to_ids("z")].detach()
+    added = rl.Add(40 * push / push.norm())
+    reft = bound(model, byte_tokenizer, rl.Edit("a", at=at, positions="last", intervention=added))
+    metric = rl.answer_logit("z")
+    found = explain(reft, prompts(4), metric=metric, only="mediation", **QUIET).section("mediation")
+    assert found.missing is None, found.missing
+    blocks = {site.block for site in found.result.sites}
+    assert wanted <= blocks
+    assert len(blocks) == 3

@@ -177,7 +177,9 @@ def run(
 
     _title(say, "7", "Explain what the edits do")
     with clock("explain"):
-        report = explain(reft, PAIRS, unseen=UNSEEN, runs=_RUNS).save(folder / "report.html")
+        found = explain(reft, PAIRS, unseen=UNSEEN, runs=_RUNS)
+        report = found.save(folder / "report.html")
+    say.print(found.summary[0])
     say.print(f"report in {_near(report)}", soft_wrap=True)
 
     demo = DemoResult(before, after, tuple(unseen), alike, artifact, report, clock.seconds)

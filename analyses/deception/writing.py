@@ -15,6 +15,7 @@ from scipy.stats import spearmanr
 from scoring import Topics, accuracies, aurocs, interval
 
 from reftlab.plotting.style import BLACK, BLUE, GREY, VERMILLION, empty_figure, frame
+from reftlab.plotting.wording import true_minus
 
 EDITED, WORDS, PROBE = "LoReFT", "bag of words", "linear probe of the bare model"
 CONTROL = "LoReFT, labels shuffled"
@@ -51,6 +52,7 @@ def write(out: Path, judged: pd.DataFrame, learned: Path, *, draws: int) -> None
             said_in(json.loads((learned / "said.json").read_text(encoding="utf-8"))),
         ]
     )  # fmt: skip
+    text = true_minus(text)
     (out / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -146,7 +147,8 @@ def _own_head_size(module: nn.Module) -> int | None:
 def _numbers(name: str, value: int | Iterable[int] | None) -> tuple[int, ...] | None:
     if value is None:
         return None
-    numbers = (value,) if isinstance(value, int) else tuple(value)
+    several = (value,) if isinstance(value, int | np.integer) else tuple(value)
+    numbers = tuple(n.item() if isinstance(n, np.integer) else n for n in several)
     if not numbers or not all(type(n) is int for n in numbers) or len(set(numbers)) < len(numbers):
         raise AddressError(f"{name} must be different whole numbers, one or more, not {value!r}")
     return numbers

@@ -14,7 +14,7 @@ from reftlab.explaining.budget import Budget
 from reftlab.explaining.causes.removal import Removal, removals
 from reftlab.explaining.evidence.replies import ReplyTable, ask
 from reftlab.explaining.explanation import EditExplanation, Explanation
-from reftlab.explaining.geometry.edit_tokens import FIT, effects_of, lenses_for
+from reftlab.explaining.geometry.edit_tokens import effects_of, lenses_for
 from reftlab.explaining.geometry.lens import DataLens
 from reftlab.explaining.geometry.record import Recorded
 from reftlab.explaining.geometry.vectors import common_axes, sizes_of
@@ -106,7 +106,7 @@ def explain(
             bar.update()
 
         lenses = lenses_for(subject, lens, reft.edits, seed=seed)
-        if lens == FIT:
+        if isinstance(lens, str):
             tick("lens")
         recorded = subject.recorded
         tick("vectors")

@@ -19,6 +19,11 @@ from reftlab.interventions.base import Affine, Intervention, as_feature_vector, 
 
 __all__ = ["Erase", "ProjectOut"]
 
+
+class NothingToEraseError(InterventionError):
+    """Labels that no linear classifier can tell from the vectors."""
+
+
 _Eraser = TypeVar("_Eraser", bound="Erase")
 _Projection = TypeVar("_Projection", bound="ProjectOut")
 
@@ -93,7 +98,7 @@ class Erase(Intervention):
         eraser = LeaceEraser.fit(data.double(), targets.double(), **options)
         kept = eraser.proj_left.abs().sum(0) * eraser.proj_right.abs().sum(1) > 0
         if not bool(kept.any()):
-            raise InterventionError(
+            raise NothingToEraseError(
                 "labels do not go together with the vectors linearly; there is nothing to erase"
             )
         return cls(eraser.proj_left[:, kept], eraser.proj_right[kept], eraser.bias)

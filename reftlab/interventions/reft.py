@@ -78,7 +78,7 @@ class _LowRank(Intervention):
     bias: bool = True
 
     def _check(self) -> None:
-        whole(self.rank, "rank", 1)
+        self.rank = whole(self.rank, "rank", 1)
         self.dropout = number(self.dropout, "dropout", 0.0, 1.0)
         self.scale = number(self.scale, "scale")
         check_activation(self.activation)

@@ -12,6 +12,7 @@ _NUMBER = re.compile(r"(?<![\w.])(?P<sign>[+-]?)(?P<size>\d+\.?\d*(?:e[+-]?\d+)?
 _BLOCK = re.compile(r"(?P<before>(?:\w+\.)*?)(?:layers|layer|blocks|block|h)[.\[](?P<number>\d+)\]?\.output")
 _STACKS = ("text", "vision", "encoder", "decoder")
 _QUOTED = r"(?:(?<!\w)'[^'\n]*'(?!\w)|\"[^\"\n]*\"|“[^”\n]*”)"
+_KEPT = re.compile(rf"(?P<kept>{_QUOTED}|(?<=\w)\[[^\]\n]*\])|{_NUMBER.pattern}")
 _TOGETHER = re.compile(rf"{_QUOTED} [−+] {_QUOTED}"), re.compile(rf"{_QUOTED}|\[[^\]\n]*\]|\([^)\n]*\)")
 _SPACE = "\x1f"
 """A space at which no line is broken."""
@@ -27,12 +28,16 @@ def number(value: Any, form: str = ".3g") -> str:
 
 
 def true_minus(text: str) -> str:
-    """A text in which negative numbers have a true minus sign, and 0 no sign; words stay as they are.
+    """A text in which negative numbers have a true minus sign, and 0 no sign.
+
+    Words, what is quoted, and indices in paths stay as they are.
 
     >>> true_minus("-13 [-13.8, -0.0] of gpt-2")
     '−13 [−13.8, 0.0] of gpt-2'
+    >>> true_minus("blocks[-1].output @ 'last(-2)'")
+    "blocks[-1].output @ 'last(-2)'"
     """
-    return _NUMBER.sub(_readable, text)
+    return _KEPT.sub(lambda found: found[0] if found["kept"] else _readable(found), text)
 
 
 def _readable(found: re.Match[str]) -> str:

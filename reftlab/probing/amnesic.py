@@ -181,7 +181,7 @@ def amnesic(
             else:
                 runs = ErasedRuns.of_examples(place, examples, metric, form)
             y, parts = parsed.of_vectors(cell.values, cell.name, cell.to_end), part_of[cell.examples]
-            vectors = Vectors(cell.take(), y, own[cell.examples], parsed.kind)
+            vectors = Vectors(cell.take().astype(np.float64), y, own[cell.examples], parsed.kind)
             bare = None if plain is None else replace(vectors, X=plain.by_place[number, column].take())
             found, before = [], judge.score(vectors, parts, None)
             for method in chosen:

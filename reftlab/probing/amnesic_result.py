@@ -168,10 +168,13 @@ class Amnesic:
         Raises:
             DataError: so few draws that no p-value can be as small.
         """
-        if not 1 / (1 + self.draws) <= level < 1:
+        number = isinstance(level, int | float | np.number) and not isinstance(level, bool)
+        if not number or not 0 < level < 1:
+            raise DataError(f"level={level!r}: expected a number between 0 and 1, such as 0.05")
+        if level < 1 / (1 + self.draws):
             raise DataError(
                 f"level={level!r}: with draws={self.draws} no p-value is below {1 / (1 + self.draws):.3g}; "
-                f"give draws={int(np.ceil(1 / level)) - 1 if 0 < level < 1 else 20} or more"
+                f"give draws={int(np.ceil(1 / level)) - 1} or more"
             )
         return tuple(e for e in self.erasures if e.p_adjusted <= level)
 

@@ -150,6 +150,11 @@ def cells_of_model(
     columns = dict(shared)
     for position in own:
         if position not in columns.values():
+            if str(position) in columns:
+                raise DataError(
+                    f"positions={positions!r}: {str(position)!r} is the name of another position there, and "
+                    "a site has it as its own; name it differently"
+                )
             columns[str(position)] = position
     rows = list(dict.fromkeys(one.site for one in wanted))
     reads: dict[tuple[int, int], Read] = {}
@@ -267,6 +272,7 @@ def _cells(
 def _positions(positions: Any) -> dict[str, Position]:
     if isinstance(positions, Mapping):
         found = {str(name): parse_position(value) for name, value in positions.items()}
+        _refuse_twice("positions", [str(position) for position in found.values()])
     else:
         several = positions if is_list(positions) else [positions]
         parsed = [parse_position(value) for value in several]

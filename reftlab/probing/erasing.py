@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from reftlab.errors import DataError
 from reftlab.interventions import Erase, Intervention, ProjectOut
+from reftlab.interventions.erase import NothingToEraseError
 from reftlab.probing.inlp import inlp
 from reftlab.probing.labels import Kind
 from reftlab.probing.significance import Shuffles
@@ -57,7 +58,12 @@ class Eraser:
         if self.edit is None:
             return X
         with torch.no_grad():
-            return np.asarray(self.edit.build(X.shape[1])(torch.from_numpy(X)).numpy())
+            erased = self.edit.build(X.shape[1])(torch.from_numpy(X).float())
+        return np.asarray(erased.numpy().astype(X.dtype))
+
+
+def _is_listed(methods: Any) -> bool:
+    return isinstance(methods, list | tuple | set) and all(isinstance(name, str) for name in methods)
 
 
 def methods_of(methods: Any, kind: Kind) -> tuple[Method, ...]:
@@ -66,7 +72,7 @@ def methods_of(methods: Any, kind: Kind) -> tuple[Method, ...]:
     Raises:
         DataError: an unknown one, none, one twice, or INLP for labels that are no classes.
     """
-    found = (methods,) if isinstance(methods, str) else tuple(methods)
+    found = (methods,) if isinstance(methods, str) else tuple(methods) if _is_listed(methods) else ()
     if not found or len(set(found)) < len(found) or not set(found) <= set(METHODS):
         raise DataError(f"methods={methods!r}: expected 'leace', 'inlp' or both")
     if "inlp" in found and kind != "classification":
@@ -118,7 +124,10 @@ def erasers(method: Method, data: Vectors, draws: int, seed: int) -> Draws:
 
 def _leace(X: np.ndarray, y: np.ndarray, kind: Kind) -> Eraser:  # noqa: N803
     targets = torch.from_numpy(y[:, None].astype(np.float64) if kind == "regression" else y)
-    found = Erase.fit(torch.from_numpy(X), targets)
+    try:
+        found = Erase.fit(torch.from_numpy(X), targets)
+    except NothingToEraseError:
+        return Eraser(None, 0, X.mean(0, dtype=np.float64))
     assert found.mean is not None
     return Eraser(found, len(found.right), found.mean.double().numpy())
 

@@ -101,6 +101,7 @@ class FittedProbe:
                 f"{self.name} predicts numbers; compare a projection, rl.projection(probe.read, "
                 "probe.direction) > 3.0"
             )
+        threshold = threshold.item() if isinstance(threshold, np.number) else threshold
         if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
             raise DataError(f"threshold={threshold!r}: expected a probability from 0 to 1")
         if self.read is None:

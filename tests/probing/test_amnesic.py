@@ -382,6 +382,7 @@ def test_numbers_and_several_labels_are_erased_by_leace() -> None:
 
 
 @pytest.mark.usefixtures("users_call")
+@pytest.mark.usefixtures("users_call")
 def test_wrong_arguments_are_refused_by_name() -> None:
     plan = planted("reader")
 
@@ -391,6 +392,8 @@ def test_wrong_arguments_are_refused_by_name() -> None:
 
     refused(r"methods='lace': expected 'leace', 'inlp' or both", methods="lace")
     refused(r"methods=\(\)", methods=())
+    refused(r"methods=None", methods=None)
+    refused(r"methods=\[\['leace'\]\]", methods=[["leace"]])
     refused(r"draws=0: expected a whole number of 1 or more", draws=0)
     refused(r"folds=1: expected a whole number of 2 or more", folds=1)
     refused(r"level=95: expected a number between 0 and 1", level=95)
@@ -400,3 +403,22 @@ def test_wrong_arguments_are_refused_by_name() -> None:
     refused(r"class 1 is in 1 group of one of 2 parts", labels=rare)
     with pytest.raises(rl.AddressError):
         run(plan, plan.used, "tabel.output")
+    found = run(plan, plan.used, "table.output")
+    for level in ("0.05", True, float("nan"), 0, 1):
+        with pytest.raises(rl.DataError, match=r"level=.*: expected a number between 0 and 1"):
+            found.significant(level)
+    with pytest.raises(rl.DataError, match=r"no p-value is below 0\.05; give draws=99 or more"):
+        found.significant(0.01)
+
+
+@pytest.mark.usefixtures("users_call")
+def test_where_nothing_can_be_erased_the_result_says_so_and_the_other_positions_are_there() -> None:
+    plan = planted("llama")
+    word = plan.texts[0].split()[0]
+    texts = [f"{word} {text}" for text in plan.texts]
+    given = {**QUICK, "metric": ANSWER, "tokenizer": plan.tokenizer, "methods": "leace", "draws": 5}
+    found = amnesic(plan.model, texts, plan.used, SITES["llama"], ["first", "last"], **given)
+    first, last = found.erasures
+    assert (first.position, first.rank, first.change.value) == ("first", 0, 0)
+    assert last.rank > 0
+    assert "Nothing was found to remove" in repr(found) + found._repr_html_()

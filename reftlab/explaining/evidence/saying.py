@@ -27,7 +27,11 @@ def sentence_of(found: Faithfulness) -> str:
         )
     kept = f"{_what(head)} keeps {_with_interval(head)} of the edits' effect on the {found.behaviour}"
     if not head.reached:
-        kept = f"No explanation keeps {head.enough:g} of the effect. The nearest: {_low(kept)}"
+        where = " on the examples it was chosen on" if head.held_out else ""
+        kept = (
+            f"None of the explanations that were tried keeps {head.enough:g} of the effect{where}. The "
+            f"nearest: {_low(kept)}"
+        )
     said = f"{kept}{_against(head)}."
     if head.held_out:
         said += f" Chosen on {head.chosen_on} examples, measured on {head.reported_on} others."

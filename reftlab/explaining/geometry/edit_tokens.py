@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from reftlab.address import parse_path, resolve
+from reftlab.address import View, parse_path, resolve
 from reftlab.errors import DataError, ReftlabError, did_you_mean
 from reftlab.explaining.geometry.lens import DataLens
 from reftlab.explaining.geometry.lens_fit import fit_lenses
@@ -66,13 +66,15 @@ def promoted_tokens(
     keys = {bound.key: bound for bound in reft.edits}
     if edit is None and len(keys) == 1:
         (edit,) = keys
-    if edit is None or edit not in keys:
-        near = "" if edit is None else did_you_mean(edit, list(keys))
+    if not isinstance(edit, str) or edit not in keys:
+        near = did_you_mean(edit, list(keys)) if isinstance(edit, str) else ""
         raise DataError(f"edit={edit!r}: expected the key of one of the edits, {list(keys)}.{near}")
     if edit not in subject.recorded.vectors:
         raise DataError(f"edit={edit!r} acts on no token of these examples")
     with evaluating(reft), torch.no_grad():
-        lenses = lenses_for(subject, lens, [keys[edit]], seed=seed)
+        # A list may hold lenses of other edits' sites, as for `explain`.
+        wanted = [keys[edit]] if isinstance(lens, str) else list(keys.values())
+        lenses = lenses_for(subject, lens, wanted, seed=seed)
         return effects_of(subject, keys[edit], lenses.get(edit), top=top)
 
 
@@ -112,10 +114,14 @@ def lenses_for(
     """
     if lens is None:
         return {}
-    if lens == FIT:
+    if isinstance(lens, str) and lens == FIT:
         return _fitted_for(subject, bounds, seed)
     lenses = [lens] if isinstance(lens, DataLens) else lens
-    if not isinstance(lenses, list | tuple) or not all(isinstance(one, DataLens) for one in lenses):
+    if (
+        not isinstance(lenses, list | tuple)
+        or not lenses
+        or not all(isinstance(one, DataLens) for one in lenses)
+    ):
         raise DataError(f"lens={lens!r}: expected what rl.fit_lens returns, a list of these, or 'fit'")
     found: dict[str, DataLens] = {}
     for one in lenses:
@@ -124,15 +130,21 @@ def lenses_for(
             bound
             for bound in bounds
             if (bound.site.module, bound.site.side, bound.site.leaf) in places
+            and one.view == View.of(bound.edit.heads, bound.edit.features)
             and (one.missing is not None or one.matrix.shape[1] == bound.width)
         ]
         if not own:
-            known = ", ".join(dict.fromkeys(f"{b.site} with {b.width} features" for b in bounds))
+            known = ", ".join(dict.fromkeys(f"{b.site}{_part(b)} with {b.width} features" for b in bounds))
             raise DataError(
-                f"lens={one!r}: no edit acts there on vectors of as many features; the edits act at {known}"
+                f"lens={one!r}: no edit acts there, on the same heads or features; the edits act at {known}"
             )
         found |= {bound.key: one for bound in own}
     return found
+
+
+def _part(bound: BoundEdit) -> str:
+    view = View.of(bound.edit.heads, bound.edit.features)
+    return "" if view.whole else f" ({view})"
 
 
 def _fitted_for(subject: Subject, bounds: Sequence[BoundEdit], seed: int) -> dict[str, DataLens]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from reftlab.address import View
 from reftlab.errors import DataError
 from reftlab.measuring.intervals import Estimate
 
@@ -62,6 +63,7 @@ class DataLens:
             token on counts once.
         note: what was left out, or an empty text.
         missing: why there is none, or None; then the matrix is empty.
+        view: the heads or features of the site that it was fitted to, all unless given.
     """
 
     site: str
@@ -77,6 +79,7 @@ class DataLens:
     examples: int
     note: str = ""
     missing: str | None = None
+    view: View = field(default_factory=View)
 
     @classmethod
     def unavailable(cls, site: str, why: str, tokens: int = 0, examples: int = 0) -> DataLens:

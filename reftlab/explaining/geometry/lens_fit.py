@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,7 +131,8 @@ def fit_lenses(
         note = "; ".join(part for part in parts if part)
         stream = (place.site.module, place.site.side) in lens.stream and place.read.view.whole
         x = base.vectors[usual].float()
-        fitted.append(_fitted(lens, place.name, x, target[usual], base.examples[usual], stream, note))
+        one = _fitted(lens, place.name, x, target[usual], base.examples[usual], stream, note)
+        fitted.append(replace(one, view=place.read.view))
     return tuple(fitted)
 
 

@@ -20,22 +20,23 @@ def doubts_of(explanation: Explanation) -> tuple[str, ...]:
     found, count = [], len(explanation.examples)
     if count < _FEW:
         found.append(
-            f"There are {count} examples. Intervals come from resampling them, and so few say little of "
-            "others."
+            f"There {'is' if count == 1 else 'are'} {count} example{'s' * (count != 1)}. Intervals come from "
+            "resampling them, and so few say little of others."
         )
     found.append(
         "All numbers are of these examples. What the edits were trained on is not known here: if it is "
         "these, give examples that they have not seen."
     )
     behaviour = explanation.behaviour
-    if behaviour is not None and behaviour.share(behaviour.full).value != 1.0:
+    if explanation.edits and behaviour is not None and behaviour.share(behaviour.full).value != 1.0:
         found.append(
             f"The whole effect on the {behaviour.name} is {behaviour.effect} {behaviour.unit}; its interval "
             "holds 0, so there is no share of it to speak of."
         )
-    lens = next((one.tokens.missing for one in explanation.edits if one.tokens.missing), None)
-    if lens:
-        found.append(f"Directions were not read as tokens: {lens}.")
+    unread = {one.edit: one.tokens.missing for one in explanation.edits if one.tokens.missing}
+    if unread:
+        whose = "" if len(unread) == len(explanation.edits) else f" of {', '.join(unread)}"
+        found.append(f"Directions{whose} were not read by the logit lens: {next(iter(unread.values()))}.")
     found += _weak_lenses(explanation)
     asked = [section for section in explanation.sections if section.applies]
     found += [f"{section.title}: {section.missing}." for section in asked if section.missing]

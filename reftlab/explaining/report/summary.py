@@ -15,6 +15,7 @@ __all__ = ["in_nats", "summary_of"]
 
 _MOSTLY = 0.5
 """From this share on, the direct effect tells what an edit does."""
+_NOTHING = 0.005
 _PHASES = {"prompt": "prompt", "decode": "generated", "both": "prompt and generated"}
 
 
@@ -81,9 +82,10 @@ def _losses(explanation: Explanation) -> Iterator[str]:
     )
     idle = sum(r.change < 0.01 * worst.change for r in removal.removed if r.what == "edit")
     if idle and worst.change > 0:
+        together = ", which does not mean that all of them could go together" if idle > 1 else ""
         yield (
-            f"{_count(idle, 'edit')} of {len(edits)} can each be taken away at less than a hundredth of that "
-            "cost, which does not mean that all of them could go together."
+            f"{_count(idle, 'edit')} of {len(edits)} can {'each ' * (idle > 1)}be taken away at less than a "
+            f"hundredth of that cost{together}."
         )
 
 
@@ -96,9 +98,10 @@ def _writes(explanation: Explanation) -> Iterator[str]:
     push, best = max(((edit.push, edit) for edit in readable), key=lambda pair: pair[0])
     direct = _direct_share(explanation, best.edit)
     if direct is not None and direct[1] < _MOSTLY:
+        much = "next to nothing" if direct[1] < _NOTHING else f"{direct[1]:.0%}"
         yield (
-            f"Directions read as tokens say little of what {direct[0]} does: {direct[1]:.0%} of its change "
-            "of the logits is direct, and later blocks make the rest."
+            f"Directions read as tokens say little of what {direct[0]} does: {much} of its change of the "
+            "logits is direct, and later blocks make the rest."
         )
         return
     share = float(best.directions.share[best.main or 0])

@@ -81,3 +81,39 @@ def test_what_is_no_lens_of_an_edits_site_is_refused(small_llama, byte_tokenizer
         promoted_tokens(reft, some, "aa", chat=False)
     with pytest.raises(DataError, match="top=0"):
         promoted_tokens(reft, some, "a", top=0, chat=False)
+
+
+def test_a_lens_of_other_heads_is_refused_and_of_several_the_edits_own_is_taken(small_llama, byte_tokenizer):
+    texts = [(f"{letter} {letter * 2} the sea", "a") for letter in "abcdefgh"]
+    head = rl.Edit(
+        "head", at="blocks[1].attn.heads", heads=0, positions="last", intervention=rl.LoReFT(rank=2)
+    )
+    reft = bound(small_llama, byte_tokenizer, head)
+    lenses = [
+        rl.fit_lens(reft, texts, rl.Read("blocks[1].attn.heads", heads=number), progress=False)
+        for number in (0, 3)
+    ]
+    own = rl.promoted_tokens(reft, texts, lens=lenses[0])
+    assert own.data is not None
+    with pytest.raises(DataError, match=r"no edit acts there, on the same heads or features.*heads 0"):
+        rl.promoted_tokens(reft, texts, lens=lenses[1])
+    several = bound(small_llama, byte_tokenizer, loreft("m", "blocks[*].output"))
+    each = [rl.fit_lens(several, texts, f"blocks[{n}].output", progress=False) for n in range(3)]
+    assert rl.promoted_tokens(several, texts, "m[1]", lens=each).data_lens is each[1]
+
+
+@pytest.mark.parametrize(
+    ("edit", "lens", "message"),
+    [
+        (["shift"], None, r"edit=\['shift'\]"),
+        (0, None, "edit=0"),
+        ("shift", [], r"lens=\[\]"),
+        ("shift", torch.zeros(2), "lens=tensor"),
+    ],
+)
+def test_what_names_no_edit_or_lens_is_refused_by_name(
+    small_llama, byte_tokenizer, users_call, edit, lens, message
+):
+    reft = bound(small_llama, byte_tokenizer, loreft("shift", "blocks[1].output"))
+    with pytest.raises(DataError, match=message):
+        rl.promoted_tokens(reft, [("the sea", "blue")], edit, lens=lens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -60,7 +61,11 @@ class View:
             return f"features {start}:{stop}" + (f":{step}" if step else "")
         if self.features is not None:
             few = ", ".join(map(str, self.features[:6]))
-            return f"features {few}" + (" …" if len(self.features) > 6 else "")
+            if len(self.features) <= 6:
+                return f"features {few}"
+            # Names of reads hold this text, and other features must have another name.
+            told = zlib.crc32(repr(self.features).encode())
+            return f"features {few} … {len(self.features)} in all, {told:08x}"
         return "all features"
 
     def index(self, width: int, site: str, head_size: int | None = None) -> Tensor | None:

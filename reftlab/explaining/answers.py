@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from reftlab.errors import DataError, ReftlabError
 from reftlab.explaining.budget import Budget
@@ -44,6 +44,7 @@ class Plan:
     first: str | None
 
 
+_Any = TypeVar("_Any")
 Work = Callable[[Subject, Plan, Section, float | None], Section]
 
 
@@ -126,6 +127,8 @@ def _spread(subject: Subject, plan: Plan) -> list[str]:
     rest = [block for block in range(count) if block not in chosen]
     chosen |= set(_thinned(rest, most - len(chosen)))
     paths = ["blocks[*].output" if len(chosen) == count else f"blocks[{_listed(chosen)}].output"]
+    kept = _thinned(list(others), max(3, most - len(chosen)))
+    others = {place: others[place] for place in kept}
     for at in dict.fromkeys(others.values()):
         # One path for all of an edit's sites, where it names no others.
         wanted = [place for place, path in others.items() if path == at]
@@ -134,7 +137,7 @@ def _spread(subject: Subject, plan: Plan) -> list[str]:
     return paths
 
 
-def _thinned(numbers: Sequence[int], most: int) -> list[int]:
+def _thinned(numbers: Sequence[_Any], most: int) -> list[_Any]:
     """At most so many of them, evenly spread, the first and the last among them."""
     if most < 2 or len(numbers) <= most:
         return list(numbers[: max(most, 0)])
@@ -214,8 +217,6 @@ def _direct(subject: Subject, plan: Plan, empty: Section, seconds: float | None)
 def _composition(subject: Subject, plan: Plan, empty: Section, seconds: float | None) -> Section:
     from reftlab.explaining.composition.composing import composed
 
-    if len({bound.edit.name for bound in subject.reft.edits}) < 2:
-        raise NotApplicable("there is one edit")
     found = composed(
         subject, max_pairs=max(1, plan.runs // 8), budget=seconds, progress=plan.progress, seed=plan.seed
     )
@@ -228,6 +229,15 @@ def _told(empty: Section, found: Any) -> Section:
     if isinstance(missing, str):
         return replace(empty, missing=missing)
     return replace(empty, says=(found.sentence,), result=found, note=note)
+
+
+def _several_edits(work: Work) -> Work:
+    def checked(subject: Subject, plan: Plan, empty: Section, seconds: float | None) -> Section:
+        if len({bound.edit.name for bound in subject.reft.edits}) < 2:
+            raise NotApplicable("there is one edit")
+        return work(subject, plan, empty, seconds)
+
+    return checked
 
 
 def _texts_only(work: Work) -> Work:
@@ -346,7 +356,7 @@ _SECTIONS: Sequence[tuple[Section, Work]] = (
             how="Each edit acts alone, every two together in both orders, and all together. Where effects "
             "add up, observed minus expected is 0.",
         ),
-        _texts_only(_composition),
+        _several_edits(_texts_only(_composition)),
     ),
 )
 NAMES = tuple(section.name for section, _ in _SECTIONS)

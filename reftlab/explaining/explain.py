@@ -43,7 +43,7 @@ def explain(
     metric: Any = None,
     labels: Any = None,
     lens: DataLens | Sequence[DataLens] | str | None = None,
-    runs: int = 100,
+    runs: int = 50,
     budget: float | None = None,
     only: str | Sequence[str] | None = None,
     top: int = 8,

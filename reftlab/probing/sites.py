@@ -96,9 +96,14 @@ def wanted_sites(sites: Any, model: nn.Module) -> list[WantedSite]:
         assert read.at is not None
         places = resolve(read.at, bare)
         own = [replace_read(read, at=_own_path(read.at, place), positions=None) for place in places]
-        counts = _head_counts(read, places, model) if by_head else [0] * len(places)
+        counted = by_head or any(head < 0 for head in read.heads or ())
+        every = replace_read(read, heads=None)
+        counts = _head_counts(every, places, model) if counted else [0] * len(places)
         for place, one, count in zip(places, own, counts, strict=True):
-            for each in [replace_read(one, heads=head) for head in range(count)] if by_head else [one]:
+            # From here on heads are counted from the first, so that each has one name.
+            heads = [head % count for head in one.heads or ()] if counted else list(one.heads or ())
+            named = [replace_read(one, heads=heads)] if heads else [one]
+            for each in [replace_read(one, heads=head) for head in range(count)] if by_head else named:
                 found.append(WantedSite(_probed(each, place), read.positions))
     _refuse_twice(found)
     return found

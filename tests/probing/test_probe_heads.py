@@ -255,9 +255,37 @@ def test_a_concept_is_erased_from_one_head_and_no_other() -> None:
     assert np.abs(np.array(expected) - found.before).max() > 1e-2
 
 
+def test_heads_are_counted_from_the_first_and_features_that_differ_late_are_told_apart(llama: Any) -> None:
+    last = rl.Read("blocks[1].attn.heads", heads=-1)
+    found = probe(llama, ROWS, LABELS, sites=[last, "blocks[0].attn.heads"], **LIGHT).by_head()
+    assert found.columns.tolist() == list(range(HEADS))
+    assert found.loc[1].notna().tolist() == [False] * (HEADS - 1) + [True]
+    some, other = [*range(8), 10], [*range(8), 11]
+    reads = [rl.Read("blocks[1].output @ last", features=features) for features in (some, other)]
+    both = probe(llama, ROWS, LABELS, sites=reads, **LIGHT)
+    for read, features in zip(reads, (some, other), strict=True):
+        assert both[read].read is not None
+        assert both[read].read.features == tuple(features)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            {"sites": ["blocks[0].attn.heads", rl.Read("blocks[0].attn.heads", heads=-1)]},
+            f"sites name 'model.layers.0.self_attn.o_proj.input (heads {HEADS - 1})' twice",
+        ),
+        (
+            {
+                "sites": ["blocks[0].output", rl.Read("blocks[1].output @ last")],
+                "positions": {"last": "first"},
+            },
+            "'last' is the name of another position there",
+        ),
+        (
+            {"sites": "blocks[0].output", "positions": {"a": "last", "b": "last"}},
+            "positions name 'last' twice",
+        ),
         ({"sites": rl.Read(positions="last")}, "a read here needs a site, as in rl.Read('blocks[5].output')"),
         ({"sites": 3}, "expected a path such as 'blocks[*].output', an rl.Read, or several of them"),
         (

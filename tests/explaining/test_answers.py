@@ -37,24 +37,17 @@ def counterfactuals(model, tokenizer, count=6):
     raise AssertionError("the model says the same after every prompt")
 
 
-def test_the_edits_own_sites_and_the_last_block_are_always_looked_at(small_llama, byte_tokenizer):
+def test_edits_beside_the_stream_have_their_own_sites_looked_at_too(small_llama, byte_tokenizer):
     reft = bound(
         small_llama, byte_tokenizer, loreft("a", "blocks[0].output"), loreft("b", "blocks[0,1].mlp.output")
     )
     randomise(reft)
     (section,) = explain(reft, TEXTS, only="mediation", **QUIET).sections
     names = [site.name for site in section.result.sites]
-    assert names == [
-        "model.layers.0.output", "model.layers.2.output", "model.layers.0.mlp.output",
-        "model.layers.1.mlp.output",
-    ]  # fmt: skip
+    stream = [f"model.layers.{block}.output" for block in range(3)]
+    assert names == [*stream, "model.layers.0.mlp.output", "model.layers.1.mlp.output"]
     # Each path has panels of its own.
-    assert {site.path for site in section.result.sites} == {"blocks[0,2].output", "blocks[0,1].mlp.output"}
-    thin = bound(small_llama, byte_tokenizer, rl.Edit("e", at="blocks[1].output", intervention=rl.Add(3.0)))
-    (section,) = explain(thin, TEXTS, only="mediation", **QUIET).sections
-    assert [site.block for site in section.result.sites] == [1, 2]
-    (section,) = explain(thin, TEXTS, only="mediation", **{**QUIET, "runs": 100}).sections
-    assert [site.block for site in section.result.sites] == [0, 1, 2]
+    assert {site.path for site in section.result.sites} == {"blocks[*].output", "blocks[0,1].mlp.output"}
 
 
 def test_every_random_control_is_drawn_five_times_at_least(small_llama, byte_tokenizer):

@@ -51,6 +51,8 @@ UNSEEN = (
 """Questions that they never saw."""
 
 _REPLY_TOKENS = 24
+_RUNS = 40
+"""As many runs of the model may a section of the report take, so that the demo is short."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def run(
 
     _title(say, "7", "Explain what the edits do")
     with clock("explain"):
-        found = explain(reft, PAIRS, unseen=UNSEEN)
+        found = explain(reft, PAIRS, unseen=UNSEEN, runs=_RUNS)
         report = found.save(folder / "report.html")
     say.print(found.summary[0])
     say.print(f"report in {_near(report)}", soft_wrap=True)

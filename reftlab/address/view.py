@@ -68,6 +68,15 @@ class View:
             return f"features {few} … {len(self.features)} in all, {told:08x}"
         return "all features"
 
+    @property
+    def suffix(self) -> str:
+        """What stands behind the name of a site that is seen in this view; nothing where it is whole.
+
+        >>> View.of(heads=3).suffix, View().suffix
+        (' (heads 3)', '')
+        """
+        return "" if self.whole else f" ({self})"
+
     def index(self, width: int, site: str, head_size: int | None = None) -> Tensor | None:
         """The chosen features of an axis of `width`, `(k,)` int64; None for the whole axis.
 

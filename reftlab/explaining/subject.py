@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from reftlab.errors import DataError, did_you_mean
 from reftlab.explaining.geometry.directions import Directions, directions_of
 from reftlab.explaining.geometry.record import Recorded, record
 from reftlab.explaining.geometry.sites import Seen, see_sites
@@ -21,6 +22,7 @@ from reftlab.training.data import Example, encode
 
 if TYPE_CHECKING:
     from reftlab.runtime import BoundModel
+    from reftlab.runtime.places import BoundEdit
     from reftlab.training.replies import PromptForm
 
 __all__ = ["Subject", "asked"]
@@ -65,6 +67,20 @@ class Subject:
         """
         rows, form = checked_examples(who, reft, examples, chat, system, sources)
         return cls(who, reft, tuple(rows), form, metric, sources)
+
+    def edit(self, key: Any = None) -> BoundEdit:
+        """One of its bound edits, by key; not needed where there is one.
+
+        Raises:
+            DataError: there is none of that key.
+        """
+        known = {bound.key: bound for bound in self.reft.edits}
+        if key is None and len(known) == 1:
+            (key,) = known
+        if not isinstance(key, str) or key not in known:
+            near = did_you_mean(key, list(known)) if isinstance(key, str) else ""
+            raise DataError(f"edit={key!r}: expected the key of one of the edits, {list(known)}.{near}")
+        return known[key]
 
     @cached_property
     def question(self) -> Question:

@@ -117,8 +117,7 @@ class Read:
     @property
     def label(self) -> str:
         """The name of the result: `name`, or what was read, as in `blocks[2].attn.heads (heads 3) @ last`."""
-        part = "" if self.view.whole else f" ({self.view})"
-        return self.name or f"{self.at}{part} @ {self.positions or 'all'}"
+        return self.name or f"{self.at}{self.view.suffix} @ {self.positions or 'all'}"
 
     def with_positions(self, positions: str | Position | int | Sequence[Any]) -> Read:
         """The same read at other tokens."""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from reftlab.errors import DataError
 
-__all__ = ["ROUNDING", "Estimate", "change_of", "expanded", "mean_of", "rounding_in", "share_kept"]
+__all__ = ["ROUNDING", "Estimate", "change_of", "expanded", "mean_of", "precision_of", "rounding_in"]
+__all__ += ["share_kept"]
 
 _ROUNDINGS, _ROUNDINGS_HALF = 16, 2
 ROUNDING = _ROUNDINGS * 2.0**-23
@@ -95,14 +96,18 @@ def change_of(
     return mean_of(torch.where(values.abs() <= room, 0.0, values), weights, seed=seed)
 
 
+def precision_of(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's first floating-point parameter; float32 where it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
 def rounding_in(model: nn.Module) -> float:
     """What rounding may change in sums and differences of a model's runs, relative to their sizes' sum.
 
     16 units of float32's or float64's last place, and 2 of half precision's: in bfloat16 the answer losses
     of SmolLM2-135M differ by up to 1.25 of them between batch sizes and kinds of attention.
     """
-    floating = [p.dtype for p in model.parameters() if p.is_floating_point()]
-    dtype = floating[0] if floating else torch.float32
+    dtype = precision_of(model)
     return (_ROUNDINGS_HALF if dtype.itemsize < 4 else _ROUNDINGS) * torch.finfo(dtype).eps
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -22,7 +23,7 @@ from reftlab.measuring import Estimate
 from reftlab.probing.amnesic_result import Amnesic, Erasure
 from reftlab.probing.amnesic_runs import ErasedRuns, with_place
 from reftlab.probing.cells import Cell, cells_of_model
-from reftlab.probing.checks import as_groups, seed_number
+from reftlab.probing.checks import as_groups, check_level, seed_number
 from reftlab.probing.erasing import Draws, Eraser, Method, Vectors, erasers, methods_of
 from reftlab.probing.estimators import Predictions, Probe, blank, out_of_fold, probe_of
 from reftlab.probing.folds import fold_numbers, grouped_splits
@@ -139,8 +140,7 @@ def amnesic(
     """
     draws, folds = whole("draws", draws, 1), whole("folds", folds, 2)
     seed, bootstrap = seed_number(seed), whole("bootstrap", bootstrap, 0)
-    if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:
-        raise DataError(f"level={level!r}: expected a number between 0 and 1, such as 0.95")
+    check_level(level, 0.95)
     rows = read_examples(data)
     parsed = parse_labels(labels, kind, len(rows))
     chosen = methods_of(methods, parsed.kind)
@@ -181,8 +181,10 @@ def amnesic(
             else:
                 runs = ErasedRuns.of_examples(place, examples, metric, form)
             y, parts = parsed.of_vectors(cell.values, cell.name, cell.to_end), part_of[cell.examples]
-            vectors = Vectors(cell.take().astype(np.float64), y, own[cell.examples], parsed.kind)
-            bare = None if plain is None else replace(vectors, X=plain.by_place[number, column].take())
+            vectors = Vectors(cell.take(dtype=torch.float64), y, own[cell.examples], parsed.kind)
+            bare = None
+            if plain is not None:
+                bare = replace(vectors, X=plain.by_place[number, column].take(dtype=torch.float64))
             found, before = [], judge.score(vectors, parts, None)
             for method in chosen:
                 fitted = partial(_fitted, method, parts=parts, folds=folds, draws=draws, seed=seed)

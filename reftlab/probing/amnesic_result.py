@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 
 from reftlab.errors import DataError, did_you_mean
 from reftlab.measuring import Estimate
+from reftlab.probing.checks import check_level
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -168,9 +169,7 @@ class Amnesic:
         Raises:
             DataError: so few draws that no p-value can be as small.
         """
-        number = isinstance(level, int | float | np.number) and not isinstance(level, bool)
-        if not number or not 0 < level < 1:
-            raise DataError(f"level={level!r}: expected a number between 0 and 1, such as 0.05")
+        check_level(level, 0.05)
         if level < 1 / (1 + self.draws):
             raise DataError(
                 f"level={level!r}: with draws={self.draws} no p-value is below {1 / (1 + self.draws):.3g}; "

@@ -244,7 +244,7 @@ def _collected(read: Read, named: Sequence[tuple[str, str, str]]) -> list[str]:
     if read.name:
         hits = [name for name, *_ in named if name == read.name]
     else:
-        view = "" if read.view.whole else f" ({read.view})"
+        view = read.view.suffix
         at = None if read.positions is None else str(read.positions)
         hits = [name for name, site, own in named if _matches(str(read.at), view, site) and at in (None, own)]
     if not hits:
@@ -271,13 +271,12 @@ def _cells(
 
 def _positions(positions: Any) -> dict[str, Position]:
     if isinstance(positions, Mapping):
-        found = {str(name): parse_position(value) for name, value in positions.items()}
-        _refuse_twice("positions", [str(position) for position in found.values()])
+        named = [(str(name), parse_position(value)) for name, value in positions.items()]
     else:
-        several = positions if is_list(positions) else [positions]
-        parsed = [parse_position(value) for value in several]
-        _refuse_twice("positions", [str(position) for position in parsed])
-        found = {str(position): position for position in parsed}
+        parsed = map(parse_position, positions if is_list(positions) else [positions])
+        named = [(str(position), position) for position in parsed]
+    _refuse_twice("positions", [str(position) for _, position in named])
+    found = dict(named)
     if not found:
         raise DataError(f"positions={positions!r}: expected a position such as 'last', or several")
     return found

@@ -15,7 +15,7 @@ from reftlab.errors import AddressError, DataError
 from reftlab.graph import Read
 from reftlab.probing.cells import Cells, cells_of_model
 from reftlab.probing.change_result import ProbeChange
-from reftlab.probing.checks import as_groups, seed_number
+from reftlab.probing.checks import as_groups, check_level, seed_number
 from reftlab.probing.estimators import Predictions, Probe, blank, predictions, probe_of
 from reftlab.probing.folds import grouped_splits
 from reftlab.probing.labels import Labels, parse_labels
@@ -105,8 +105,7 @@ def probe_change(
     if not isinstance(reft, BoundModel) or not reft.edits:
         raise DataError("reft has no edits, so nothing is before or after; take rl.probe for a bare model")
     seed = seed_number(seed)
-    if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:
-        raise DataError(f"level={level!r}: expected a number between 0 and 1, such as 0.95")
+    check_level(level, 0.95)
     folds, permutations = whole("folds", folds, 2), whole("permutations", permutations, 0)
     bootstrap = whole("bootstrap", bootstrap, 0)
     wanted = _default_sites(reft) if sites is None else sites

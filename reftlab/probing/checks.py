@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from reftlab.errors import DataError
 from reftlab.training.settings import whole
 
-__all__ = ["as_classes", "as_groups", "as_numpy", "as_vectors", "is_missing", "is_unordered", "seed_number"]
+__all__ = ["as_classes", "as_groups", "as_numpy", "as_vectors", "check_level", "is_missing", "is_unordered"]
+__all__ += ["seed_number"]
 
 _LARGEST_SEED = 2**31 - 1
 """Of what numpy's older generators take, with room for those that are derived from it."""
@@ -96,6 +97,17 @@ def as_groups(
         return np.array([numbers.setdefault(name, len(numbers)) for name in named], dtype=np.int64)
     except TypeError as error:
         raise DataError(f"{argument}: {error}; expected names or numbers") from error
+
+
+def check_level(level: Any, such_as: float) -> None:
+    """Refuse what is no level of intervals or of a test.
+
+    Raises:
+        DataError: it is not.
+    """
+    number = isinstance(level, int | float | np.number) and not isinstance(level, bool)
+    if not number or not 0 < level < 1:
+        raise DataError(f"level={level!r}: expected a number between 0 and 1, such as {such_as:g}")
 
 
 def seed_number(value: Any) -> int:

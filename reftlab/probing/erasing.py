@@ -15,6 +15,7 @@ from reftlab.interventions.erase import NothingToEraseError
 from reftlab.probing.inlp import inlp
 from reftlab.probing.labels import Kind
 from reftlab.probing.significance import Shuffles
+from reftlab.probing.sites import is_list
 
 __all__ = ["METHODS", "Draws", "Eraser", "Method", "Vectors", "erasers", "methods_of"]
 
@@ -62,18 +63,15 @@ class Eraser:
         return np.asarray(erased.numpy().astype(X.dtype))
 
 
-def _is_listed(methods: Any) -> bool:
-    return isinstance(methods, list | tuple | set) and all(isinstance(name, str) for name in methods)
-
-
 def methods_of(methods: Any, kind: Kind) -> tuple[Method, ...]:
     """The methods as names.
 
     Raises:
         DataError: an unknown one, none, one twice, or INLP for labels that are no classes.
     """
-    found = (methods,) if isinstance(methods, str) else tuple(methods) if _is_listed(methods) else ()
-    if not found or len(set(found)) < len(found) or not set(found) <= set(METHODS):
+    found = (methods,) if isinstance(methods, str) else tuple(methods) if is_list(methods) else ()
+    known = bool(found) and all(isinstance(name, str) and name in METHODS for name in found)
+    if not known or len(set(found)) < len(found):
         raise DataError(f"methods={methods!r}: expected 'leace', 'inlp' or both")
     if "inlp" in found and kind != "classification":
         raise DataError(

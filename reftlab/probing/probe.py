@@ -12,7 +12,7 @@ from torch import nn
 from reftlab.collecting import Activations
 from reftlab.errors import DataError
 from reftlab.probing.cells import Cells, cells_of_activations, cells_of_model
-from reftlab.probing.checks import as_groups, is_unordered, seed_number
+from reftlab.probing.checks import as_groups, check_level, is_unordered, seed_number
 from reftlab.probing.columns import Settings
 from reftlab.probing.description import require_code
 from reftlab.probing.estimators import probe_of
@@ -129,8 +129,7 @@ def probe(
     """
     folds, bootstrap = whole("folds", folds, 2), whole("bootstrap", bootstrap, 0)
     seed, budget = seed_number(seed), parse_bytes("memory", memory)
-    if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:
-        raise DataError(f"level={level!r}: expected a number between 0 and 1, such as 0.95")
+    check_level(level, 0.95)
     if null not in ("auto", "linear", "refit"):
         raise DataError(f"null={null!r}: expected 'auto', 'linear' or 'refit'")
     if isinstance(model, Activations):

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from reftlab.errors import DataError, did_you_mean
 from reftlab.graph import Read
+from reftlab.probing.checks import check_level
 from reftlab.probing.fitted import FittedProbe
 from reftlab.probing.held_out import HeldOut
 from reftlab.probing.labels import Kind
@@ -119,8 +120,7 @@ class ProbeMap:
         Raises:
             DataError: a level outside 0 to 1, or a map without shuffles.
         """
-        if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:
-            raise DataError(f"level={level!r}: expected a number between 0 and 1, such as 0.05")
+        check_level(level, 0.05)
         if not np.isfinite(self.p_values).any():
             raise DataError("there are no p-values; probe with permutations=1000")
         return np.asarray(np.nan_to_num(self.p_values, nan=1.0) <= level)

@@ -140,7 +140,7 @@ def is_list(value: Any) -> bool:
 
 def _probed(read: Read, place: Site) -> ProbedSite:
     """A read of one place as a site."""
-    view = "" if read.view.whole else f" ({read.view})"
+    view = read.view.suffix
     name = f"{read.at}{view}"
     if read.name:
         name = f"{read.name}[{place.label}]" if place.label else read.name

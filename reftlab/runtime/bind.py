@@ -72,8 +72,7 @@ def _each_read(
         for site in sites[read.label]:
             label = f"{read.label}[{site.label}]" if site.label and read.name else read.label
             if site.label and not read.name:
-                part = "" if read.view.whole else f" ({read.view})"
-                label = f"{site}{part} @ {read.positions or 'all'}"
+                label = f"{site}{read.view.suffix} @ {read.positions or 'all'}"
             yield _bound_read(read, site, facts, model, label)
 
 

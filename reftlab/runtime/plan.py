@@ -164,7 +164,7 @@ def _edit_step(bound: BoundModel, place: BoundEdit, counted: set[int]) -> PlanSt
         edit.run,
         "edit",
         place.key,
-        str(place.site) + ("" if edit.view.whole else f" ({edit.view})"),
+        f"{place.site}{edit.view.suffix}",
         str(edit.positions) + ("" if edit.phase == "prompt" else f", phase {edit.phase}"),
         place.width,
         does,

@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from reftlab.errors import DataError, did_you_mean
 from reftlab.explaining.geometry.contexts import MEASURES, Against, Context, Contexts, Drive, TokenMean
 from reftlab.explaining.geometry.directions import Directions, directions_of
 from reftlab.explaining.geometry.sites import Seen, SiteTokens, see_sites
@@ -61,12 +60,7 @@ def driving_contexts(
     whole("top", top, 1)
     whole("draws", draws, 1)
     subject = Subject.of("driving_contexts", reft, examples, chat=chat, system=system, sources=sources)
-    keys = [bound.key for bound in reft.edits]
-    if edit is None and len(keys) == 1:
-        edit = keys[0]
-    if edit is None or edit not in keys:
-        near = "" if edit is None else did_you_mean(edit, keys)
-        raise DataError(f"edit={edit!r}: expected the key of one of the edits, {keys}.{near}")
+    edit = subject.edit(edit).key
     with evaluating(reft), torch.no_grad(), tqdm(disable=not progress, desc="driving_contexts") as bar:
         seen = see_sites(reft, subject.texts, subject.accepts, [edit], tick=bar.update)
         return driven(subject, edit, seen, top=top, draws=draws, seed=seed)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from reftlab.address import View, parse_path, resolve
-from reftlab.errors import DataError, ReftlabError, did_you_mean
+from reftlab.address import parse_path, resolve
+from reftlab.errors import DataError, ReftlabError
 from reftlab.explaining.geometry.lens import DataLens
 from reftlab.explaining.geometry.lens_fit import fit_lenses
 from reftlab.explaining.geometry.sites import unseen
@@ -63,19 +63,13 @@ def promoted_tokens(
     """
     whole("top", top, 1)
     subject = Subject.of("promoted_tokens", reft, examples, chat=chat, system=system, sources=sources)
-    keys = {bound.key: bound for bound in reft.edits}
-    if edit is None and len(keys) == 1:
-        (edit,) = keys
-    if not isinstance(edit, str) or edit not in keys:
-        near = did_you_mean(edit, list(keys)) if isinstance(edit, str) else ""
-        raise DataError(f"edit={edit!r}: expected the key of one of the edits, {list(keys)}.{near}")
-    if edit not in subject.recorded.vectors:
-        raise DataError(f"edit={edit!r} acts on no token of these examples")
+    bound = subject.edit(edit)
+    if bound.key not in subject.recorded.vectors:
+        raise DataError(f"edit={bound.key!r} acts on no token of these examples")
     with evaluating(reft), torch.no_grad():
         # A list may hold lenses of other edits' sites, as for `explain`.
-        wanted = [keys[edit]] if isinstance(lens, str) else list(keys.values())
-        lenses = lenses_for(subject, lens, wanted, seed=seed)
-        return effects_of(subject, keys[edit], lenses.get(edit), top=top)
+        lenses = lenses_for(subject, lens, [bound] if isinstance(lens, str) else reft.edits, seed=seed)
+        return effects_of(subject, bound, lenses.get(bound.key), top=top)
 
 
 def effects_of(
@@ -130,21 +124,16 @@ def lenses_for(
             bound
             for bound in bounds
             if (bound.site.module, bound.site.side, bound.site.leaf) in places
-            and one.view == View.of(bound.edit.heads, bound.edit.features)
-            and (one.missing is not None or one.matrix.shape[1] == bound.width)
+            and (one.missing or (one.view == bound.edit.view and one.matrix.shape[1] == bound.width))
         ]
         if not own:
-            known = ", ".join(dict.fromkeys(f"{b.site}{_part(b)} with {b.width} features" for b in bounds))
+            edited = (f"{b.site}{b.edit.view.suffix} with {b.width} features" for b in bounds)
+            known = ", ".join(dict.fromkeys(edited))
             raise DataError(
                 f"lens={one!r}: no edit acts there, on the same heads or features; the edits act at {known}"
             )
         found |= {bound.key: one for bound in own}
     return found
-
-
-def _part(bound: BoundEdit) -> str:
-    view = View.of(bound.edit.heads, bound.edit.features)
-    return "" if view.whole else f" ({view})"
 
 
 def _fitted_for(subject: Subject, bounds: Sequence[BoundEdit], seed: int) -> dict[str, DataLens]:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from reftlab.measuring.intervals import precision_of
 from reftlab.runtime.calls import continues_texts
 
 __all__ = ["counted_once", "likeness_in", "looks_back_only", "repeats_of"]
@@ -63,8 +64,7 @@ def looks_back_only(model: nn.Module) -> bool:
 
 def likeness_in(model: nn.Module) -> float:
     """How far apart two runs of a model may put the same vector, as a share of its length."""
-    floating = [p.dtype for p in model.parameters() if p.is_floating_point()]
-    return max(_SAME, _ROUNDINGS * torch.finfo(floating[0] if floating else torch.float32).eps)
+    return max(_SAME, _ROUNDINGS * torch.finfo(precision_of(model)).eps)
 
 
 def counted_once(count: int) -> str:

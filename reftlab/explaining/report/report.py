@@ -106,10 +106,7 @@ def _section(section: Section) -> dict[str, Any]:
     """A section as the template takes it, with what its result has of HTML beside figure and table."""
     from markupsafe import Markup
 
-    made = {
-        name: getattr(section, name)
-        for name in ("name", "title", "says", "how", "missing", "applies", "note")
-    }
+    made = {name: getattr(section, name) for name in ("name", "title", "says", "how", "missing", "note")}
     inline = getattr(section.result, "inline_html", None)
     frame = None if section.result is None else _frame(section.to_frame())
     return {**made, "inline": "" if inline is None else Markup(inline()), "frame": frame}

@@ -125,7 +125,8 @@ def share_kept(
 
     1 where the behaviour is that of all edits, 0 where it is that of none, below 0 where it is worse
     than without; the sign of the behaviour does not matter. Where the whole effect's own interval holds
-    0 there is nothing to have a share of, and the value is NaN.
+    0 there is nothing to have a share of, and the value is NaN. Where few examples carry the effect, some
+    resamples hold none of these; they have no share, and the interval is of the others.
 
     Args:
         values: the behaviour to judge, `(example,)`.
@@ -145,8 +146,9 @@ def _mean(values: Any, weights: Any, axis: int = -1) -> Any:
 
 
 def _ratio(values: Any, whole: Any, weights: Any, axis: int = -1) -> Any:
+    effect = (whole * weights).sum(axis)
     # Plus 0, so that no share is minus 0.
-    return (values * weights).sum(axis) / (whole * weights).sum(axis) + 0.0
+    return (values * weights).sum(axis) / np.where(effect == 0, math.nan, effect) + 0.0
 
 
 def _columns(values: Tensor, weights: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
@@ -175,14 +177,11 @@ def expanded(level: float, count: int) -> float:
 def _bootstrap(
     statistic: Any, columns: tuple[np.ndarray, ...], draws: int, level: float, seed: int
 ) -> Estimate:
-    value = float(statistic(*columns))
-    if len(columns[0]) < 2:
+    value, count = float(statistic(*columns)), len(columns[0])
+    if count < 2:
         return Estimate(value, math.nan, math.nan, level)
-    from scipy.stats import bootstrap  # type: ignore[import-untyped]
-
-    wider = expanded(level, len(columns[0]))
-    found = bootstrap(
-        columns, statistic, paired=True, vectorized=True, n_resamples=draws, confidence_level=wider,
-        method="percentile", rng=np.random.default_rng(seed),
-    ).confidence_interval  # fmt: skip
-    return Estimate(value, float(found.low), float(found.high), level)
+    wider = expanded(level, count)
+    rows = np.random.default_rng(seed).integers(0, count, (draws, count))
+    found = statistic(*(column[rows] for column in columns))
+    low, high = np.nanquantile(found, [(1 - wider) / 2, (1 + wider) / 2])
+    return Estimate(value, float(low), float(high), level)

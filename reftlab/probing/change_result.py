@@ -208,8 +208,9 @@ class ProbeChange:
 
     def __repr__(self) -> str:
         parts = [
-            f"{len(self.concepts)} concept{'s' * (len(self.concepts) != 1)}, {len(self.sites)} sites × "
-            f"{len(self.columns)} positions, {self.groups} groups"
+            f"{len(self.concepts)} concept{'s' * (len(self.concepts) != 1)}, "
+            f"{len(self.sites)} site{'s' * (len(self.sites) != 1)} × "
+            f"{len(self.columns)} position{'s' * (len(self.columns) != 1)}, {self.groups} groups"
         ]
         if self.swaps >= 19:
             gained, lost = self.gained(), self.lost()

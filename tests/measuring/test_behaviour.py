@@ -1,6 +1,7 @@
 """What is measured of a bound model's runs, against its plain forward passes."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -122,6 +123,16 @@ def test_an_effect_whose_interval_holds_zero_has_no_shares():
     bare, full = torch.randn(2, 40, generator=generator)
     assert math.isnan(share_kept(full, bare, full).value)
     assert str(share_kept(full, bare, full)) == "not defined"
+
+
+def test_an_effect_that_few_examples_carry_has_an_interval_of_shares():
+    bare, full = torch.zeros(40), torch.zeros(40)
+    full[:5] = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        share = share_kept(0.5 * full, bare, full)
+    # (35/40)^40 is 0.5%: some of 2000 resamples hold none of the five.
+    assert (share.value, share.low, share.high) == pytest.approx((0.5, 0.5, 0.5))
 
 
 def test_bootstrap_intervals_hold_the_true_mean_about_as_often_as_they_say():

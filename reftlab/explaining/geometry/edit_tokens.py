@@ -16,6 +16,7 @@ from reftlab.explaining.geometry.tokens import TokenEffects, token_effects
 from reftlab.explaining.subject import Subject
 from reftlab.graph import Read
 from reftlab.runtime.modes import evaluating
+from reftlab.runtime.saving import signature_of
 from reftlab.training.settings import whole
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def lenses_for(
         seed: as for `fit_lens`.
 
     Raises:
-        DataError: something else, or a lens of a site at which no edit acts.
+        DataError: something else, or a lens of a site at which no edit acts, or of another model.
     """
     if lens is None:
         return {}
@@ -118,7 +119,13 @@ def lenses_for(
     ):
         raise DataError(f"lens={lens!r}: expected what rl.fit_lens returns, a list of these, or 'fit'")
     found: dict[str, DataLens] = {}
+    model = signature_of(subject.reft.model)["fingerprint"]
     for one in lenses:
+        if one.fitted_to not in ("", model):
+            raise DataError(
+                f"lens={one!r}: it was fitted to a model with other weights; fit one to this model with "
+                "rl.fit_lens, or give lens='fit'"
+            )
         places = {(s.module, s.side, s.leaf) for s in resolve(parse_path(one.site), subject.reft.model)}
         own = [
             bound

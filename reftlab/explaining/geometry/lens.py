@@ -64,6 +64,7 @@ class DataLens:
         note: what was left out, or an empty text.
         missing: why there is none, or None; then the matrix is empty.
         view: the heads or features of the site that it was fitted to, all unless given.
+        fitted_to: what tells the model's weights from others, as in a saved artifact; empty where unknown.
     """
 
     site: str
@@ -80,6 +81,7 @@ class DataLens:
     note: str = ""
     missing: str | None = None
     view: View = field(default_factory=View)
+    fitted_to: str = ""
 
     @classmethod
     def unavailable(cls, site: str, why: str, tokens: int = 0, examples: int = 0) -> DataLens:

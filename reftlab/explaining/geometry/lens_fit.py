@@ -23,6 +23,7 @@ from reftlab.graph import InterventionGraph, Read
 from reftlab.graph.nodes import replace_read
 from reftlab.measuring.intervals import Estimate, mean_of
 from reftlab.runtime import BoundModel
+from reftlab.runtime.saving import signature_of
 from reftlab.training.data import Example, as_examples
 from reftlab.training.settings import whole
 
@@ -118,7 +119,7 @@ def fit_lenses(
     if lens.missing is not None:
         return tuple(DataLens.unavailable(place.name, lens.missing) for place in places)
     kept, repeats, drawn = _chosen(entering.index, samples, seed, looks_back_only(reft.model))
-    fitted = []
+    fitted, model = [], signature_of(reft.model)["fingerprint"]
     for place in places:
         base = found.flat(place.key)
         if not torch.equal(base.index[:, :2], entering.index[:, :2]):
@@ -132,7 +133,7 @@ def fit_lenses(
         stream = (place.site.module, place.site.side) in lens.stream and place.read.view.whole
         x = base.vectors[usual].float()
         one = _fitted(lens, place.name, x, target[usual], base.examples[usual], stream, note)
-        fitted.append(replace(one, view=place.read.view))
+        fitted.append(replace(one, view=place.read.view, fitted_to=model))
     return tuple(fitted)
 
 

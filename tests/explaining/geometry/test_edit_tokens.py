@@ -1,5 +1,6 @@
 """The tokens of bound edits by both lenses: a lens that was handed in, or fitted on the way."""
 
+import copy
 import random
 
 import pytest
@@ -100,6 +101,21 @@ def test_a_lens_of_other_heads_is_refused_and_of_several_the_edits_own_is_taken(
     several = bound(small_llama, byte_tokenizer, loreft("m", "blocks[*].output"))
     each = [rl.fit_lens(several, texts, f"blocks[{n}].output", progress=False) for n in range(3)]
     assert rl.promoted_tokens(several, texts, "m[1]", lens=each).data_lens is each[1]
+
+
+def test_a_lens_of_another_model_is_refused(small_llama, byte_tokenizer):
+    texts = [(f"{letter} {letter * 2} the sea", "a") for letter in "abcdefgh"]
+    reft = bound(small_llama, byte_tokenizer, loreft("shift", "blocks[1].output"))
+    other = copy.deepcopy(small_llama)
+    with torch.no_grad():
+        other.model.embed_tokens.weight.mul_(1.5)
+    lens = rl.fit_lens(other, texts, "blocks[1].output", tokenizer=byte_tokenizer, progress=False)
+    with pytest.raises(DataError, match=r"lens=DataLens.*fitted to a model with other weights"):
+        rl.promoted_tokens(reft, texts, lens=lens)
+    copied = rl.fit_lens(
+        copy.deepcopy(small_llama), texts, "blocks[1].output", tokenizer=byte_tokenizer, progress=False
+    )
+    assert rl.promoted_tokens(reft, texts, lens=copied).data_lens is copied
 
 
 @pytest.mark.parametrize(

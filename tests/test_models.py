@@ -37,6 +37,33 @@ def test_the_embedded_model_comes_ready_for_use(embedded):
     assert not hasattr(model.config, "quantization_config")
 
 
+def test_where_it_cannot_be_unpacked_it_comes_from_its_file_and_is_the_same(embedded, tmp_path, monkeypatch):
+    kept, own = embedded
+
+    def full(self, folder, *arguments, **options):
+        (folder / "tokenizer.json").write_text("{")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.cached_assets_path", lambda *names: tmp_path)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+    model, tokenizer = load_model(EMBEDDED)
+    assert list(tmp_path.iterdir()) == []
+    state = kept.state_dict()
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model.generation_config == kept.generation_config
+    unlike = {"architectures", "transformers_version"}
+    assert {k: v for k, v in model.config.to_dict().items() if k not in unlike} == {
+        k: v for k, v in kept.config.to_dict().items() if k not in unlike
+    }
+    for text in ("the sea 🌊🐠🐚", " a\n\nb\t1.5%", "<|im_start|>user\nHi<|im_end|>"):
+        assert tokenizer(text).input_ids == own(text).input_ids
+        assert tokenizer.decode(own(text).input_ids) == own.decode(own(text).input_ids)
+    assert tokenizer.chat_template == own.chat_template
+    assert tokenizer.special_tokens_map == own.special_tokens_map
+    assert tokenizer.padding_side == own.padding_side
+
+
 def test_the_embedded_model_knows_paris(embedded):
     model, tokenizer = embedded
     chat = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]

@@ -83,10 +83,13 @@ class Section:
 
     def _repr_html_(self) -> str:
         lines = self.says if self.missing is None else (f"{self._without}: {self.missing}.",)
-        text = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
-        note = f"<p><small>{html.escape(self.note)}</small></p>" if self.note else ""
-        inner = getattr(self.result, "_repr_html_", None)
-        return f"<h4>{html.escape(self.title)}</h4>{text}{note}{inner() if inner is not None else ''}"
+        inner = getattr(self.result, "_repr_html_", str)()
+        # What the result says itself is not said twice.
+        said = [text for text in map(html.escape, lines) if text not in inner]
+        note = html.escape(self.note)
+        text = "".join(f"<p>{line}</p>" for line in said)
+        text += f"<p><small>{note}</small></p>" if note and note not in inner else ""
+        return f"<h4>{html.escape(self.title)}</h4>{text}{inner}"
 
     def __repr__(self) -> str:
         shown = (

@@ -49,25 +49,33 @@ def choice_scores(
 
 
 @torch.no_grad()
-def option_scores(
-    model: Any, tokenizer: Any, questions: Sequence[Question], *, batch_size: int = 32
-) -> np.ndarray:
-    """Log-likelihood of each option's own text after the question, per character `(question, option)`.
+def option_scores(reft: rl.BoundModel, questions: Sequence[Question], *, batch_size: int = 32) -> np.ndarray:
+    """Log-likelihood of each option's own text after the question, in nats a character `(question, option)`.
 
-    The question is asked without its options, so that nothing has to be pointed at.
+    The question is asked without its options, so that nothing has to be pointed at. The end of the text is
+    not counted: the bare model knows nothing of where answers end.
+
+    Args:
+        reft: a model bound with its tokenizer, with or without edits.
+        questions: with the text of their options.
+        batch_size: rows a batch.
     """
     rows = [(q, option) for q in questions for option in q.options]
-    prompts = [tokenizer(f"Question: {q.text}\nAnswer:")["input_ids"] for q, _ in rows]
-    answers = [tokenizer(f" {option}", add_special_tokens=False)["input_ids"] for _, option in rows]
+    order = sorted(range(len(rows)), key=lambda row: -len(rows[row][0].text) - len(rows[row][1]))
     found = np.zeros(len(rows))
-    encoded = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    for some, batch in _batches(tokenizer, encoded, batch_size):
-        longest = max(len(answers[row]) for row in some)
-        logits = model(**batch, logits_to_keep=longest + 1).logits
+    for start in tqdm(
+        range(0, len(order), batch_size), desc="asking", unit="batch", leave=False, disable=None
+    ):
+        some = order[start : start + batch_size]
+        pairs = [(rows[row][0].open_prompt, f" {rows[row][1]}") for row in some]
+        batch = rl.training_batch(reft, pairs, chat=False)
+        labels = batch["labels"][:, 1:]
+        logits = reft(**batch).logits[:, :-1]
         for place, row in enumerate(some):
-            wanted = torch.tensor(answers[row])
-            own = logits[place, -len(wanted) - 1 : -1].double().log_softmax(-1)
-            found[row] = float(own.gather(1, wanted[:, None]).sum()) / len(rows[row][1])
+            (where,) = torch.nonzero(labels[place] != -100, as_tuple=True)
+            where = where[:-1]
+            own = logits[place, where].double().log_softmax(-1)
+            found[row] = float(own.gather(1, labels[place, where, None]).sum()) / len(rows[row][1])
     return found.reshape(len(questions), -1)
 
 

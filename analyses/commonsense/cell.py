@@ -28,7 +28,6 @@ __all__ = ["ASKED", "Cell", "chosen_for", "write_whole"]
 ASKED = {
     "zero-shot": "bare model, plain prompt",
     "zero-shot-chat": "bare model, chat template",
-    "zero-shot-text": "bare model, likelihood of the options' text",
 }
 """Ways to ask the bare model."""
 
@@ -86,11 +85,11 @@ def write_whole(file: Path, text: str) -> None:
 def asked(cell: Cell) -> dict[str, Any]:
     """Ask the bare model."""
     model, tokenizer = rl.load_model()
-    test = chosen_for(cell, tokenizer).test
-    if cell.method == "zero-shot-text":
-        scores = option_scores(model, tokenizer, test)
+    chosen = chosen_for(cell, tokenizer)
+    if chosen.by_text:
+        scores = option_scores(rl.InterventionGraph().bind(model, tokenizer), chosen.test)
     else:
-        scores = choice_scores(model, tokenizer, test, chat=cell.method == "zero-shot-chat")
+        scores = choice_scores(model, tokenizer, chosen.test, chat=cell.method == "zero-shot-chat")
     return {"scores": scores.tolist()}
 
 
@@ -101,7 +100,7 @@ def trained(cell: Cell) -> dict[str, Any]:
     chosen, method = chosen_for(cell, tokenizer), METHODS[cell.method]
     reft, figures = bind(cell.method, model, tokenizer, cell.seed)
     lora = not reft.edits
-    pairs = [rl.Example(question.prompt, question.ending) for question in chosen.train]
+    pairs = [rl.Example(*chosen.pair(question)) for question in chosen.train]
     loaded = _forget_peak()
     began = time.process_time()
     result = rl.train(
@@ -111,7 +110,10 @@ def trained(cell: Cell) -> dict[str, Any]:
     )  # fmt: skip
     seconds, peak = time.process_time() - began, _peak()
     reft.eval()
-    scores = choice_scores(reft, tokenizer, chosen.test)
+    if chosen.by_text:
+        scores = option_scores(reft, chosen.test)
+    else:
+        scores = choice_scores(reft, tokenizer, chosen.test)
     if not lora:
         reft.save(cell.save)
     tenth = max(1, len(result.history) // 10)

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.lines import Line2D
 from questions import Chosen
+from showing import TITLES
 
 import reftlab as rl
 from reftlab.plotting.style import BLACK, BLUE, GREY, SKY, VERMILLION, empty_figure, frame
@@ -68,7 +69,7 @@ def decoding_figure(table: pd.DataFrame) -> Any:
         edits = own.block[own.has_edit]
         axes.plot(edits, [0.02] * len(edits), "|", color=VERMILLION, markersize=7,
                   transform=axes.get_xaxis_transform())  # fmt: skip
-        frame(axes, x="block", title=task)
+        frame(axes, x="block", title=TITLES[task])
     grid[0].set_ylabel(f"{table.metric.iloc[0].replace('_', ' ')} of the probe", fontsize=9)
     handles = [
         Line2D([], [], linestyle=line, color=colour, label=label) for label, colour, line in STYLES.values()

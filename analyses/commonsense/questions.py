@@ -11,9 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["TASKS", "Chosen", "Question", "choose", "endings", "read_questions"]
+__all__ = ["BY_TEXT", "TASKS", "Chosen", "Question", "choose", "endings", "read_questions"]
 
-TASKS = ("ARC-Easy", "boolq", "openbookqa")
+BY_TEXT = "-text"
+"""Ends the name of a task whose options are answered by their text; without it by their number."""
+
+TASKS = ("boolq", f"ARC-Easy{BY_TEXT}", f"openbookqa{BY_TEXT}", "ARC-Easy", "openbookqa")
 LEAD = "the correct answer is "
 _FORMAT = re.compile(r"\s*Answer format:\s*(\S+)\s*$")
 _OPTION = re.compile(r"\s*Answer(\d+):\s*")
@@ -53,6 +56,11 @@ class Question:
     def ending(self) -> str:
         """What follows the prompt where the answer is right."""
         return endings(self.choices)[1][self.right]
+
+    @property
+    def open_prompt(self) -> str:
+        """The question without its options, and the beginning of the answer."""
+        return f"Question: {self.text}\nAnswer:"
 
     @property
     def key(self) -> str:
@@ -127,6 +135,17 @@ class Chosen:
     left_out: dict[str, int]
 
     @property
+    def by_text(self) -> bool:
+        """Whether the options are answered by their text."""
+        return self.task.endswith(BY_TEXT)
+
+    def pair(self, question: Question) -> tuple[str, str]:
+        """A question's prompt, and the answer to train on."""
+        if self.by_text:
+            return question.open_prompt, f" {question.options[question.right]}"
+        return question.prompt, question.ending
+
+    @property
     def commonest(self) -> int:
         """Number of the commonest right choice in `train`."""
         counts = Counter(question.right for question in self.train)
@@ -143,12 +162,13 @@ def choose(
 
     Args:
         folder: with `TASK/train.json` and `TASK/test.json`.
-        task: which.
+        task: which; the same questions are drawn in both forms of a task.
         train, test: how many; fewer where there are no more.
         tokens: how many tokens a text has.
         max_tokens: of the longest prompt.
     """
-    parts = {part: read_questions(folder / task / f"{part}.json") for part in ("train", "test")}
+    files = folder / task.removesuffix(BY_TEXT)
+    parts = {part: read_questions(files / f"{part}.json") for part in ("train", "test")}
     usual = Counter(question.choices for question in parts["train"]).most_common(1)[0][0]
     left_out: Counter[str] = Counter()
     known = {"test": set[str](), "train": {question.key for question in parts["test"]}}

@@ -21,7 +21,7 @@ import pandas as pd
 from cell import ASKED, Cell, chosen_for, write_whole
 from decoding import decode, decoding_figure
 from methods import METHODS, PROBED
-from questions import TASKS, Chosen
+from questions import BY_TEXT, TASKS, Chosen
 from showing import accuracy_figure, lines_of, per_seed, table_text
 
 import reftlab as rl
@@ -36,8 +36,9 @@ def cells_of(options: argparse.Namespace) -> list[Cell]:
         (task, method, seed)
         for seed in range(options.seeds)
         for task in options.tasks
+        if seed < options.number_seeds or task == "boolq" or task.endswith(BY_TEXT)
         for method in ([*ASKED] if seed == 0 else []) + list(options.methods)
-        if not (method == "zero-shot-text" and task == "boolq")
+        if not (method == "zero-shot-chat" and task.endswith(BY_TEXT))
     ]
     return [
         Cell(
@@ -73,7 +74,10 @@ def decodings(
     cells: list[Cell], chosen: dict[str, Chosen], options: argparse.Namespace
 ) -> pd.DataFrame | None:
     """Probe maps without and with the edits of the first seed, of each task."""
-    edits = [cell for cell in cells if cell.method == PROBED and cell.seed == 0]
+    # Which option is right cannot be told from a question without its options.
+    edits = [
+        cell for cell in cells if cell.method == PROBED and cell.seed == 0 and not cell.task.endswith(BY_TEXT)
+    ]
     frames, folds = [], 3 if options.small else 5
     model = tokenizer = None
     for cell in edits:
@@ -99,8 +103,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--train", type=int, default=400, help="training questions a task")
-    parser.add_argument("--test", type=int, default=300, help="test questions a task")
+    parser.add_argument("--number-seeds", type=int, default=1, help="where options go by their number")
+    parser.add_argument("--train", type=int, default=300, help="training questions a task")
+    parser.add_argument("--test", type=int, default=250, help="test questions a task")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=256, help="leave out longer prompts")

@@ -10,15 +10,24 @@ import pandas as pd
 import torch
 from cell import ASKED
 from methods import METHODS
-from questions import Chosen
+from questions import BY_TEXT, Chosen
 from scipy.stats import binomtest
 
 from reftlab.measuring import mean_of
 from reftlab.plotting.style import BLUE, GREEN, GREY, ORANGE, VERMILLION, empty_figure, frame
 
-__all__ = ["accuracy_figure", "lines_of", "per_seed", "table_text"]
+__all__ = ["TITLES", "accuracy_figure", "lines_of", "per_seed", "table_text"]
 
 MAJORITY = "majority"
+TITLES = {
+    "boolq": "BoolQ",
+    f"ARC-Easy{BY_TEXT}": "ARC-Easy, by text",
+    f"openbookqa{BY_TEXT}": "OpenBookQA, by text",
+    "ARC-Easy": "ARC-Easy, by number",
+    "openbookqa": "OpenBookQA, by number",
+}
+"""What tasks are called where they are shown."""
+
 LABELS = {
     MAJORITY: "always the commonest answer of the training questions",
     **ASKED,
@@ -95,8 +104,8 @@ def table_text(lines: pd.DataFrame, chosen: dict[str, Chosen]) -> str:
     text = []
     for task, own in chosen.items():
         text += [
-            f"**{task}**: {len(own.train)} training and {len(own.test)} test questions, answers "
-            f"{', '.join(own.choices)}.",
+            f"**{TITLES[task]}**: {len(own.train)} training and {len(own.test)} test questions, answers "
+            f"{'the text of the options' if own.by_text else ', '.join(own.choices)}.",
             "",
             "| | trained numbers | steps | seconds | memory, MB | accuracy, % | seeds, % "
             "| minus bare model | minus commonest answer |",
@@ -132,9 +141,13 @@ def accuracy_figure(lines: pd.DataFrame, costs: pd.DataFrame) -> Any:
     """Accuracy of every method with its interval, a panel a task; small dots are the seeds."""
     tasks = list(dict.fromkeys(lines.task))
     methods = [name for name in LABELS if name in set(lines.method) and name != MAJORITY]
-    figure = empty_figure(2.5 * len(tasks) + 3.6, 0.32 * len(methods) + 1.3)
-    grid = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
-    for axes, task in zip(grid, tasks, strict=True):
+    across = min(len(tasks), 3)
+    down = -(-len(tasks) // across)
+    figure = empty_figure(2.5 * across + 3.6, (0.32 * len(methods) + 0.8) * down + 0.5)
+    grid = figure.subplots(down, across, squeeze=False, sharey=True).flat
+    for axes in grid[len(tasks) :]:
+        axes.set_visible(False)
+    for axes, task in zip(grid[: len(tasks)], tasks, strict=True):
         own = lines[lines.task == task].set_index("method")
         axes.axvline(100 * own.value[MAJORITY], color=BLUE, linewidth=1, linestyle=":")
         for place, method in enumerate(methods):
@@ -147,7 +160,7 @@ def accuracy_figure(lines: pd.DataFrame, costs: pd.DataFrame) -> Any:
             seeds = costs[(costs.task == task) & (costs.method == method)].accuracy
             if len(seeds) > 1:
                 axes.plot(100 * seeds, [place + 0.25] * len(seeds), ".", color="#222222", markersize=4)
-        frame(axes, x="accuracy (% of test questions)", title=task, grid="x")
+        frame(axes, x="accuracy (% of test questions)", title=TITLES[task], grid="x")
     grid[0].set_yticks(range(len(methods)), [LABELS[name] for name in methods])
     grid[0].set_ylim(len(methods) - 0.5, -0.5)
     figure.suptitle(

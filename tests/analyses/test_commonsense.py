@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import reftlab as rl
 
 FOLDER = Path(__file__).parents[2] / "analyses" / "commonsense"
 
@@ -156,3 +159,51 @@ def test_lora_is_as_near_as_any_rank_and_number_of_blocks_can_be(wanted):
     best = min(abs(count - wanted) for count in counts.values())
     assert abs(counts[rank, blocks] - wanted) == best
     assert blocks == max(b for (_, b), count in counts.items() if abs(count - wanted) == best)
+
+
+def test_both_forms_of_a_task_ask_the_same_questions(tmp_path):
+    folder = written(
+        tmp_path, train=[science(n) for n in range(30)], test=[science(n) for n in range(50, 70)]
+    )
+    settings = {"train": 10, "test": 5, "tokens": len, "max_tokens": 10_000}
+    by_number, by_text = (
+        questions.choose(folder, task, **settings) for task in ("ARC-Easy", "ARC-Easy-text")
+    )
+    assert (by_number.train, by_number.test) == (by_text.train, by_text.test)
+    one = by_text.train[0]
+    assert by_text.pair(one) == (f"Question: {one.text}\nAnswer:", f" thing {one.id}.2")
+    assert by_number.pair(one) == (one.prompt, one.ending)
+
+
+def test_an_option_s_score_is_the_likelihood_of_its_text_with_the_edit_at_the_prompt_s_last_token(
+    llama, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(FOLDER)
+    option_scores = importlib.import_module("answering").option_scores
+    entries = [science(1, text="Why?"), science(22, text="What is it that is so long?", answer=3)]
+    asked = questions.read_questions(written(tmp_path, train=entries) / "ARC-Easy" / "train.json")
+    edit = rl.Edit(
+        "e",
+        at="blocks[1].output",
+        positions="last",
+        intervention=rl.Add(torch.ones(llama.config.hidden_size)),
+    )
+    scores = option_scores(rl.InterventionGraph(edit).bind(llama, tokenizer), asked, batch_size=3)
+
+    def by_hand(question, option):
+        prompt, answer = (tokenizer(text, add_special_tokens=False).input_ids
+                          for text in (f"Question: {question.text}\nAnswer:", f" {option}"))  # fmt: skip
+
+        def add(module, inputs, output):
+            output = output.clone()
+            output[0, len(prompt) - 1] += 1
+            return output
+
+        handle = llama.model.layers[1].register_forward_hook(add)
+        said = llama(torch.tensor([prompt + answer])).logits[0].detach().log_softmax(-1)
+        handle.remove()
+        own = [said[len(prompt) - 1 + n, token] for n, token in enumerate(answer)]
+        return float(sum(own)) / len(option)
+
+    wanted = [[by_hand(question, option) for option in question.options] for question in asked]
+    assert scores == pytest.approx(torch.tensor(wanted).numpy(), abs=1e-4)

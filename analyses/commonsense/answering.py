@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from questions import Question, endings
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 import reftlab as rl
+from reftlab.measuring import AnswerRuns
 
 __all__ = ["choice_scores", "option_scores"]
 
@@ -68,15 +70,23 @@ def option_scores(reft: rl.BoundModel, questions: Sequence[Question], *, batch_s
     ):
         some = order[start : start + batch_size]
         pairs = [(rows[row][0].open_prompt, f" {rows[row][1]}") for row in some]
-        batch = rl.training_batch(reft, pairs, chat=False)
-        labels = batch["labels"][:, 1:]
-        logits = reft(**batch).logits[:, :-1]
+        nats, rows_of = _answer_nats(reft, pairs)
         for place, row in enumerate(some):
-            (where,) = torch.nonzero(labels[place] != -100, as_tuple=True)
-            where = where[:-1]
-            own = logits[place, where].double().log_softmax(-1)
-            found[row] = float(own.gather(1, labels[place, where, None]).sum()) / len(rows[row][1])
+            found[row] = -float(nats[rows_of == place][:-1].double().sum()) / len(rows[row][1])
     return found.reshape(len(questions), -1)
+
+
+def _answer_nats(reft: rl.BoundModel, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of each token of the answers and of the text's end, and their rows."""
+    batch = rl.training_batch(reft, pairs, chat=False, side="left")
+    if reft.edits:
+        runs = AnswerRuns(reft, [batch], frozenset(batch))
+        return runs(), runs.example_of
+    labels = batch.pop("labels")
+    longest = int((labels != -100).sum(1).max())
+    logits, labels = reft(**batch, logits_to_keep=longest + 1).logits[:, :-1], labels[:, -longest:]
+    rows, columns = (labels != -100).nonzero().unbind(1)
+    return cross_entropy(logits[rows, columns], labels[rows, columns], reduction="none"), rows
 
 
 def _batches(

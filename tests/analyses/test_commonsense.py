@@ -189,14 +189,15 @@ def test_an_option_s_score_is_the_likelihood_of_its_text_with_the_edit_at_the_pr
         intervention=rl.Add(torch.ones(llama.config.hidden_size)),
     )
     scores = option_scores(rl.InterventionGraph(edit).bind(llama, tokenizer), asked, batch_size=3)
+    bare = option_scores(rl.InterventionGraph().bind(llama, tokenizer), asked, batch_size=3)
 
-    def by_hand(question, option):
+    def by_hand(question, option, added):
         prompt, answer = (tokenizer(text, add_special_tokens=False).input_ids
                           for text in (f"Question: {question.text}\nAnswer:", f" {option}"))  # fmt: skip
 
         def add(module, inputs, output):
             output = output.clone()
-            output[0, len(prompt) - 1] += 1
+            output[0, len(prompt) - 1] += added
             return output
 
         handle = llama.model.layers[1].register_forward_hook(add)
@@ -205,5 +206,7 @@ def test_an_option_s_score_is_the_likelihood_of_its_text_with_the_edit_at_the_pr
         own = [said[len(prompt) - 1 + n, token] for n, token in enumerate(answer)]
         return float(sum(own)) / len(option)
 
-    wanted = [[by_hand(question, option) for option in question.options] for question in asked]
-    assert scores == pytest.approx(torch.tensor(wanted).numpy(), abs=1e-4)
+    for found, added in ((scores, 1), (bare, 0)):
+        wanted = [[by_hand(question, option, added) for option in question.options] for question in asked]
+        assert found == pytest.approx(torch.tensor(wanted).numpy(), abs=1e-4)
+    assert abs(scores - bare).max() > 0.01

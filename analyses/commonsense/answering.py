@@ -13,7 +13,6 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 import reftlab as rl
-from reftlab.measuring import AnswerRuns
 
 __all__ = ["choice_scores", "option_scores"]
 
@@ -51,42 +50,43 @@ def choice_scores(
 
 
 @torch.no_grad()
-def option_scores(reft: rl.BoundModel, questions: Sequence[Question], *, batch_size: int = 32) -> np.ndarray:
+def option_scores(reft: rl.BoundModel, questions: Sequence[Question], *, batch_size: int = 8) -> np.ndarray:
     """Log-likelihood of each option's own text after the question, in nats a character `(question, option)`.
 
-    The question is asked without its options, so that nothing has to be pointed at. The end of the text is
-    not counted: the bare model knows nothing of where answers end.
+    The question is asked without its options, so that nothing has to be pointed at. All options of a
+    question share one run of it. The end of the text is not counted: the bare model knows nothing of
+    where answers end.
 
     Args:
-        reft: a model bound with its tokenizer, with or without edits.
-        questions: with the text of their options.
-        batch_size: rows a batch.
+        reft: a model bound with its tokenizer, with or without edits, which act on the prompt alone.
+        questions: with the text of their options, as many each.
+        batch_size: questions a batch.
     """
-    rows = [(q, option) for q in questions for option in q.options]
-    order = sorted(range(len(rows)), key=lambda row: -len(rows[row][0].text) - len(rows[row][1]))
-    found = np.zeros(len(rows))
-    for start in tqdm(
-        range(0, len(order), batch_size), desc="asking", unit="batch", leave=False, disable=None
-    ):
-        some = order[start : start + batch_size]
-        pairs = [(rows[row][0].open_prompt, f" {rows[row][1]}") for row in some]
-        nats, rows_of = _answer_nats(reft, pairs)
-        for place, row in enumerate(some):
-            found[row] = -float(nats[rows_of == place][:-1].double().sum()) / len(rows[row][1])
-    return found.reshape(len(questions), -1)
-
-
-def _answer_nats(reft: rl.BoundModel, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of each token of the answers and of the text's end, and their rows."""
-    batch = rl.training_batch(reft, pairs, chat=False, side="left")
-    if reft.edits:
-        runs = AnswerRuns(reft, [batch], frozenset(batch))
-        return runs(), runs.example_of
-    labels = batch.pop("labels")
-    longest = int((labels != -100).sum(1).max())
-    logits, labels = reft(**batch, logits_to_keep=longest + 1).logits[:, :-1], labels[:, -longest:]
-    rows, columns = (labels != -100).nonzero().unbind(1)
-    return cross_entropy(logits[rows, columns], labels[rows, columns], reduction="none"), rows
+    tokenizer, several = reft.tokenizer, len(questions[0].options)
+    found = np.zeros((len(questions), several))
+    encoded = [tokenizer(question.open_prompt)["input_ids"] for question in questions]
+    for some, prompts in _batches(tokenizer, encoded, batch_size):
+        asked = reft(**prompts, use_cache=True, logits_to_keep=1)
+        options = [option for row in some for option in questions[row].options]
+        answers = tokenizer(
+            [f" {option}" for option in options], add_special_tokens=False, padding=True,
+            padding_side="right", return_tensors="pt",
+        )  # fmt: skip
+        before = prompts["attention_mask"].repeat_interleave(several, 0)
+        asked.past_key_values.batch_repeat_interleave(several)
+        # The edits have acted on the prompts, and on what is cached of these.
+        with reft.disabled():
+            after = reft(
+                input_ids=answers.input_ids,
+                attention_mask=torch.cat([before, answers.attention_mask], 1),
+                position_ids=before.sum(1, keepdim=True) + torch.arange(answers.input_ids.shape[1]),
+                past_key_values=asked.past_key_values,
+            ).logits[:, :-1]
+        logits = torch.cat([asked.logits.repeat_interleave(several, 0), after], 1)
+        nats = cross_entropy(logits.transpose(1, 2), answers.input_ids, reduction="none")
+        total = (nats * answers.attention_mask).sum(1).numpy() / np.array(list(map(len, options)))
+        found[some] = -total.reshape(len(some), several)
+    return found
 
 
 def _batches(

@@ -188,8 +188,8 @@ def test_an_option_s_score_is_the_likelihood_of_its_text_with_the_edit_at_the_pr
         positions="last",
         intervention=rl.Add(torch.ones(llama.config.hidden_size)),
     )
-    scores = option_scores(rl.InterventionGraph(edit).bind(llama, tokenizer), asked, batch_size=3)
-    bare = option_scores(rl.InterventionGraph().bind(llama, tokenizer), asked, batch_size=3)
+    scores = option_scores(rl.InterventionGraph(edit).bind(llama, tokenizer), asked, batch_size=2)
+    bare = option_scores(rl.InterventionGraph().bind(llama, tokenizer), asked, batch_size=2)
 
     def by_hand(question, option, added):
         prompt, answer = (tokenizer(text, add_special_tokens=False).input_ids

@@ -104,7 +104,7 @@ def trained(cell: Cell) -> dict[str, Any]:
     loaded = _forget_peak()
     began = time.process_time()
     result = rl.train(
-        reft, pairs, epochs=cell.epochs * method.more, batch_size=cell.batch_size,
+        reft, pairs, epochs=cell.epochs, batch_size=cell.batch_size,
         learning_rate=method.learning_rate, warmup_steps=cell.warmup, seed=cell.seed, chat=False,
         train_model=lora, progress=sys.stderr.isatty(),
     )  # fmt: skip

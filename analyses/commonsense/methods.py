@@ -26,7 +26,6 @@ class Edits:
         at: their sites.
         positions: their tokens.
         learning_rate: highest one.
-        more: how many times as many epochs as the other methods.
     """
 
     label: str
@@ -35,7 +34,6 @@ class Edits:
     at: str
     positions: str
     learning_rate: float = 4e-3
-    more: int = 1
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,6 @@ class Adapters:
         as_many_as: name of the method to equal.
         dropout: of its inputs.
         learning_rate: highest one.
-        more: how many times as many epochs as the other methods.
     """
 
     label: str
@@ -58,7 +55,6 @@ class Adapters:
     as_many_as: str | None
     dropout: float
     learning_rate: float
-    more: int = 1
 
 
 PROBED = "loreft"
@@ -69,7 +65,6 @@ METHODS: dict[str, Edits | Adapters] = {
     "loreft-rank16": Edits("… rank 16", "LoReFT", 16, SECOND, "last"),
     "loreft-f3l3": Edits("… first 3 and last 3 tokens", "LoReFT", 4, SECOND, "first(3)+last(3)"),
     "loreft-last10": Edits("… last ten blocks", "LoReFT", 4, LAST_TEN, "last"),
-    "loreft-epochs5": Edits("… five times the epochs", "LoReFT", 4, SECOND, "last", more=5),
     "direft": Edits("… DiReFT (NodiReFT here)", "NodiReFT", 4, SECOND, "last"),
     "lora-equal": Adapters(
         "LoRA on q and v, as many numbers", ("q_proj", "v_proj"), None, PROBED, 0.0, 1e-3

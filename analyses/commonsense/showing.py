@@ -41,6 +41,19 @@ def right(cell: dict[str, Any], chosen: Chosen) -> np.ndarray:
     return np.array(cell["scores"]).argmax(1) == wanted
 
 
+def by_length(cell: dict[str, Any], chosen: Chosen) -> dict[str, float]:
+    """Of options by text: accuracy by the likelihood of whole ones, and the share of longest ones taken."""
+    if not chosen.by_text:
+        return {}
+    lengths = np.array([list(map(len, question.options)) for question in chosen.test])
+    scores, wanted = np.array(cell["scores"]), np.array([question.right for question in chosen.test])
+    taken = np.take_along_axis(lengths, scores.argmax(1)[:, None], 1)[:, 0]
+    return {
+        "accuracy_whole": float(((scores * lengths).argmax(1) == wanted).mean()),
+        "longest_taken": float((taken == lengths.max(1)).mean()),
+    }
+
+
 def per_seed(cells: Sequence[dict[str, Any]], chosen: dict[str, Chosen]) -> pd.DataFrame:
     """One line a cell: accuracy with its Wilson interval, the choices taken, and the costs."""
     lines = []
@@ -57,6 +70,7 @@ def per_seed(cells: Sequence[dict[str, Any]], chosen: dict[str, Chosen]) -> pd.D
             "right": int(hits.sum()),
             "asked": len(hits),
             "choices_taken": "/".join(map(str, taken)),
+            **by_length(cell, chosen[names["task"]]),
         }
         lines.append({**names, **counted, **rest})
     return pd.DataFrame(lines)
@@ -91,6 +105,8 @@ def lines_of(cells: Sequence[dict[str, Any]], chosen: dict[str, Chosen]) -> pd.D
                 line |= {name: paid[name].iloc[0] for name in ("figures", "trained", "steps")}
                 line |= {name: paid[name].mean() for name in ("seconds", "loss_first", "loss_last")}
                 line |= {"memory_mb": (paid.peak_mb - paid.loaded_mb).mean()}
+            if own.by_text and len(paid):
+                line |= {name: paid[name].mean() for name in ("accuracy_whole", "longest_taken")}
             lines.append(line)
     return pd.DataFrame(lines)
 
@@ -114,6 +130,18 @@ def table_text(lines: pd.DataFrame, chosen: dict[str, Chosen]) -> str:
         text += [_line(line) for _, line in lines[lines.task == task].iterrows()]
         left = "; ".join(f"{count} of {reason}" for reason, count in own.left_out.items())
         text += ["", f"Left out: {left or 'nothing'}.", ""]
+        if own.by_text:
+            text += [
+                "| | accuracy per character, % | by the likelihood of the whole option, % "
+                "| longest option taken, % |",
+                "|---|---|---|---|",
+            ]
+            for _, line in lines[(lines.task == task) & (lines.method != MAJORITY)].iterrows():
+                shares = (line.value, line.accuracy_whole, line.longest_taken)
+                text.append(
+                    f"| {' | '.join([LABELS[line.method], *(f'{100 * one:.1f}' for one in shares)])} |"
+                )
+            text.append("")
     return "\n".join(text)
 
 
@@ -121,7 +149,8 @@ def _line(line: Any) -> str:
     costs = ["", "", "", ""]
     if line.method in METHODS:
         costs = [
-            f"{line.trained:,.0f}", f"{line.steps:.0f}", f"{line.seconds:.0f}", f"{line.memory_mb:,.0f}"
+            f"{line.trained:,.0f}", f"{line.steps:.0f}", f"{line.seconds:.0f}",
+            "" if np.isnan(line.memory_mb) else f"{line.memory_mb:,.0f}",
         ]  # fmt: skip
     seeds = f"{100 * line.lowest:.1f} to {100 * line.highest:.1f}" if line.seeds > 1 else ""
     apart = []

@@ -128,8 +128,8 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
     cells = cells_of(options)
     _, tokenizer = rl.load_model()
-    chosen = {cell.task: chosen_for(cell, tokenizer) for cell in reversed(cells)}
-    chosen = {task: chosen[task] for task in options.tasks}
+    of_task = {cell.task: cell for cell in cells}
+    chosen = {task: chosen_for(of_task[task], tokenizer) for task in options.tasks}
     found: list[dict[str, Any]] = []
     for number, cell in enumerate(cells, 1):
         found.append(finished(cell, options))

@@ -31,7 +31,9 @@ def test_emojis_are_told_from_everything_else(text, wanted):
     assert only_emojis(text) is wanted
 
 
-def test_the_demo_trains_saves_reloads_and_explains(tmp_path):
+def test_the_demo_trains_saves_reloads_and_explains(tmp_path, monkeypatch):
+    # As few as there may be: the report's sections have tests of their own.
+    monkeypatch.setattr("reftlab.demo._RUNS", 8)
     printed = io.StringIO()
     console = Console(file=printed, width=100)
     demo = run(tmp_path, at="blocks[10,20].output", epochs=3, learning_rate=8e-3, console=console)

